@@ -1,0 +1,1 @@
+"""Lilliput makes trained PyTorch models small and fast."""
