@@ -1,0 +1,68 @@
+"""Which codec a tensor gets: the one with the fewest bytes, tables included.
+
+Small tensors (one chunk) are encoded by every codec that can win, and the real bytes decide. For
+large ones the histogram first strikes out what cannot win, then three chunks (first, middle, last)
+are really encoded by the codecs that are left, and the smallest total wins: no estimate decides
+between two codecs. The histogram is a safe filter: it strikes out only what an ideal coder with
+that codec's limits would need `_MARGIN` times the best for.
+
+`deep_compression` competes for small tensors only, because it decodes more slowly than `gap`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lilliput.artifact.bits import width_of
+from lilliput.artifact.codecs import CODECS
+from lilliput.artifact.entropy import entropy_bits
+
+_MARGIN = 1.15
+#: Plain tensors stay readable by everyone unless coding them saves something worth it.
+_FEWEST_ZEROS = 0.1
+_FEWEST_BYTES = 256
+
+
+def choose(chunks: list[NDArray[np.unsignedinteger]], counts: NDArray[np.int64], plain: bool) -> str:
+    """The codec for a tensor.
+
+    Args:
+        chunks: the symbols of each chunk.
+        counts: occurrences of each symbol, or of (zero, not zero) for a plain tensor.
+        plain: whether the symbols are bit patterns of values, not codes.
+    """
+    if plain:
+        small = sum(chunk.nbytes for chunk in chunks) < _FEWEST_BYTES
+        if small or counts[0] < _FEWEST_ZEROS * counts.sum():
+            return "raw"
+        names = ["raw", "gap"]
+    else:
+        names = _can_win(counts)
+    if len(chunks) == 1:
+        names.append("deep_compression")
+    if len(names) == 1:
+        return names[0]
+    probes = [chunks[at] for at in sorted({0, len(chunks) // 2, len(chunks) - 1})]
+    return min(names, key=lambda name: sum(len(CODECS[name].encode(probe)) for probe in probes))
+
+
+def _can_win(counts: NDArray[np.int64]) -> list[str]:
+    estimates = _estimates(counts)
+    limit = min(estimates.values()) * _MARGIN
+    return [name for name, bits in estimates.items() if bits <= limit]
+
+
+def _estimates(counts: NDArray[np.int64]) -> dict[str, float]:
+    """Bits of an ideal coder under the limits of each codec, if symbols were independent."""
+    total, zeros = int(counts.sum()), int(counts[0])
+    used = int(np.flatnonzero(counts)[-1]) if total else 0
+    width = width_of(used)
+    share = next(bits for bits in (1, 2, 4, 8, 16) if bits >= width)  # see streams: fields of a byte
+    rest = total - zeros
+    where = entropy_bits(np.array([zeros, rest]))
+    return {
+        "packed": float(total * width),
+        "dense": max(entropy_bits(counts), total * share / 8),
+        "gap": max(where, rest) + max(entropy_bits(counts[1:]), rest * share / 8),
+    }

@@ -1,0 +1,356 @@
+"""Reading an artifact: one tensor, or some of its rows, without the others.
+
+The file is read part by part, each checked against its CRC-32 before a decoder sees it. It is not
+memory-mapped: a file that shrinks under a map kills the process, a short read is an error that can
+be told. The surprising rule: memory is bounded by the caller's `max_bytes`, not by the file.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lilliput.artifact import format as layout
+from lilliput.artifact.bits import Bytes
+from lilliput.artifact.codecs import CODECS, Decoded, Sparse
+from lilliput.artifact.format import Entry
+from lilliput.artifact.report import SizeReport, report_tensor
+from lilliput.artifact.tensors import DTYPES
+from lilliput.errors import (
+    ArtifactError,
+    ArtifactTooLarge,
+    CorruptArtifact,
+    InputError,
+    UnknownName,
+    UnsupportedArtifact,
+)
+
+MAX_BYTES = 8 << 30
+#: Bytes a weight that the decoders may take beside their result, in the worst case.
+_WORKING = 32
+_BLOCK = 1 << 15
+_Lookup = Callable[[NDArray[np.unsignedinteger]], np.ndarray]
+
+
+def open(
+    path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, threads: int = 1
+) -> Artifact:
+    """Open a file for reading; only its header is read now.
+
+    Args:
+        path: the file, of either profile.
+        max_bytes: the most that one call may allocate for its result.
+        threads: chunks decoded at the same time.
+
+    Raises:
+        OSError: when the file cannot be opened.
+        UnsupportedArtifact: for another kind of file, a future version, an unknown codec.
+        CorruptArtifact: when the header is truncated, altered or inconsistent.
+    """
+    return Artifact(path, max_bytes=max_bytes, threads=threads)
+
+
+def read(
+    path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, threads: int = 1
+) -> dict[str, np.ndarray]:
+    """Read all tensors of a file, decoded; `max_bytes` holds for all together.
+
+    Raises:
+        OSError, UnsupportedArtifact, CorruptArtifact: as `open` and `Artifact.dense`.
+        ArtifactTooLarge: before anything is allocated, when the tensors exceed `max_bytes`.
+    """
+    with open(path, max_bytes=max_bytes, threads=threads) as artifact:
+        artifact._allow(sum(artifact.info(name).nbytes for name in artifact.names()), "the file")
+        return {name: artifact.dense(name) for name in artifact.names()}
+
+
+class Artifact:
+    """An open file. Use it as a context manager, or call `close`.
+
+    Attributes:
+        path: the file.
+        profile: "safetensors" or "compact".
+        header_bytes: bytes of the file that are no payload.
+        structure: the section of that name, as the writer gave it, or None.
+        recipe: likewise.
+        figures: likewise.
+
+    Raises:
+        CorruptArtifact: from every method that reads a tensor: checksum, or contents, are wrong.
+        ArtifactTooLarge: from the same, before allocating more than `max_bytes`.
+        UnknownName: from every method that takes the name of a tensor.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, threads: int = 1
+    ) -> None:
+        self.path = os.fspath(path)
+        self._max_bytes, self._threads = max_bytes, threads
+        self._lock = threading.Lock()
+        self._file: BinaryIO = builtins.open(path, "rb")  # noqa: SIM115 (closed by close)
+        try:
+            self._size = os.fstat(self._file.fileno()).st_size
+            with self._telling_where():
+                document, self.profile, self.header_bytes = layout.unseal(self._file, self._size)
+        except BaseException:
+            self._file.close()
+            raise
+        self._entries = document.entries
+        self.structure: Any = document.sections.get("structure")
+        self.recipe: Any = document.sections.get("recipe")
+        self.figures: Any = document.sections.get("figures")
+
+    def __enter__(self) -> Artifact:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Artifact {self.path!r}, {self.profile}, {len(self._entries)} tensors>"
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def names(self) -> list[str]:
+        """The tensors, in the writer's order."""
+        return list(self._entries)
+
+    def info(self, name: str) -> Entry:
+        """What the header says of a tensor: codec, shape, dtype, counts, sizes."""
+        if name not in self._entries:
+            raise UnknownName("tensor", name, self._entries, where=self.path)
+        return self._entries[name]
+
+    def dense(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """A tensor, decoded; bfloat16 comes as the uint16 of its bits.
+
+        Args:
+            name: the tensor.
+            rows: a slice of the first axis, with step 1; only its chunks are read.
+        """
+        entry = self.info(name)
+        start, stop = _row_range(entry, rows)
+        first, last = start // entry.chunk_rows, -(-stop // entry.chunk_rows)
+        base = first * entry.chunk_rows
+        top = min(last * entry.chunk_rows, entry.shape[0] if entry.shape else 1)
+        out = self._zeros(name, (top - base, *entry.shape[1:]), DTYPES[entry.dtype])
+        self._fill(name, range(first, last), out, self._lookup(name))
+        if not entry.shape:
+            return out.reshape(())
+        return out[start - base : stop - base]
+
+    def codes(self, name: str) -> tuple[NDArray[np.unsignedinteger], NDArray[np.float32]]:
+        """The codes, in the tensor's shape, and the codebook of a tensor that has one.
+
+        Raises:
+            InputError: when the tensor has no codebook.
+        """
+        entry = self.info(name)
+        if not entry.levels:
+            raise InputError(f"tensor {name!r} has no codebook: it holds plain values. Use dense().")
+        out = self._zeros(name, entry.shape, f"u{entry.itemsize}")
+        self._fill(name, range(len(entry.parts)), out, lambda symbols: symbols)
+        return out, self._codebook(name)
+
+    def csr(
+        self, name: str
+    ) -> tuple[np.ndarray, NDArray[np.int64], NDArray[np.int64]]:
+        """A tensor as compressed sparse rows: first axis by all others.
+
+        Returns:
+            data, column indices and row pointers, as `scipy.sparse.csr_matrix` takes them.
+        """
+        entry = self.info(name)
+        where, values = [np.zeros(0, np.int64)], [np.zeros(0, DTYPES[entry.dtype])]
+        size = entry.chunk_rows * entry.row_size
+        self._allow(8 * (_rows(entry) + 1) + 16 * entry.nonzeros, f"tensor {name!r}")
+        for at in range(len(entry.parts)):
+            positions, found = self._sparse(name, at)
+            where.append(positions + at * size)
+            values.append(found)
+        positions = np.concatenate(where)
+        starts = np.searchsorted(positions, np.arange(_rows(entry) + 1) * entry.row_size)
+        columns = positions % max(1, entry.row_size)
+        return np.concatenate(values), columns, starts
+
+    def verify(self) -> None:
+        """Check every checksum, decode every tensor, and compare with the header's counts.
+
+        Raises:
+            CorruptArtifact: naming the tensor.
+        """
+        for name, entry in self._entries.items():
+            nonzeros = 0
+            for at in range(len(entry.parts)):
+                nonzeros += len(self._sparse(name, at)[0])
+            if nonzeros != entry.nonzeros:
+                raise CorruptArtifact(
+                    f"{self.path}: tensor {name!r}: {nonzeros} values are not zero, where its "
+                    f"header says {entry.nonzeros}. {_ADVICE}"
+                )
+
+    def report(self) -> SizeReport:
+        """The size of each tensor beside its order-0 entropy; decodes all that have a codebook."""
+        tensors = (report_tensor(name, entry, self._counts(name)) for name, entry in self._entries.items())
+        return SizeReport(
+            path=self.path,
+            profile=self.profile,
+            file_bytes=os.path.getsize(self.path),
+            header_bytes=self.header_bytes,
+            tensors=tuple(tensors),
+        )
+
+    def _counts(self, name: str) -> NDArray[np.int64] | None:
+        entry = self._entries[name]
+        if not entry.levels:
+            return None
+        counts = np.zeros(entry.levels, np.int64)
+        for at in range(len(entry.parts)):
+            decoded = self._chunk(name, at)
+            symbols = decoded.symbols if isinstance(decoded, Sparse) else decoded
+            counts += np.bincount(symbols, minlength=entry.levels)
+            counts[0] += _chunk_weights(entry, at) - len(symbols)
+        return counts
+
+    def _lookup(self, name: str) -> _Lookup:
+        """The function from the symbols of a tensor to its values."""
+        entry = self._entries[name]
+        if entry.levels:
+            book = self._codebook(name)
+            return lambda symbols: book.take(symbols, mode="clip")  # they are checked by _chunk
+        stored, dtype = DTYPES[entry.stored], DTYPES[entry.dtype]
+        return lambda symbols: symbols.view(stored).astype(dtype, copy=False)
+
+    def _fill(self, name: str, chunks: range, out: np.ndarray, lookup: _Lookup) -> None:
+        entry = self._entries[name]
+        size = entry.chunk_rows * entry.row_size
+        flat = out.reshape(-1)
+
+        def fill(at: int) -> None:
+            begin = (at - chunks.start) * size
+            _place(self._chunk(name, at), flat[begin : begin + size], lookup)
+
+        if self._threads == 1 or len(chunks) == 1:
+            for at in chunks:
+                fill(at)
+        else:
+            with ThreadPoolExecutor(self._threads) as pool:
+                list(pool.map(fill, chunks))
+
+    def _sparse(self, name: str, at: int) -> tuple[NDArray[np.int64], np.ndarray]:
+        """Positions in a chunk of what is not zero, and the values there."""
+        entry = self._entries[name]
+        decoded, lookup = self._chunk(name, at), self._lookup(name)
+        if isinstance(decoded, Sparse) and lookup(np.zeros(1, decoded.symbols.dtype))[0] == 0:
+            values = lookup(decoded.symbols)
+            keep = values != 0
+            return decoded.positions[keep], values[keep]
+        dense = self._zeros(name, (_chunk_weights(entry, at),), DTYPES[entry.dtype])
+        _place(decoded, dense, lookup)
+        positions = np.flatnonzero(dense)
+        return positions, dense[positions]
+
+    def _chunk(self, name: str, at: int) -> Decoded:
+        """The decoded symbols of a chunk, every code checked against the codebook's length."""
+        entry = self._entries[name]
+        count = _chunk_weights(entry, at)
+        self._allow(count * _WORKING, f"decoding a chunk of tensor {name!r}")
+        with self._telling_where(name):
+            data = Bytes(self._part(entry, at)[entry.codebook_bytes if at == 0 else 0 :])
+            decoded = CODECS[entry.codec].decode(data, count, entry.itemsize)
+            data.end()
+            symbols = decoded.symbols if isinstance(decoded, Sparse) else decoded
+            if entry.levels and symbols.max(initial=0) >= entry.levels:
+                raise CorruptArtifact(f"code {symbols.max()} of {entry.levels}.")
+        return decoded
+
+    def _codebook(self, name: str) -> NDArray[np.float32]:
+        entry = self._entries[name]
+        owner = self._entries[entry.book] if entry.book else entry
+        with self._telling_where(name):
+            stored = self._part(owner, 0)[: owner.codebook_bytes]
+        return np.frombuffer(stored, DTYPES[owner.stored]).astype(np.float32)
+
+    def _part(self, entry: Entry, at: int) -> memoryview:
+        length, crc = entry.parts[at]
+        with self._lock:
+            self._file.seek(entry.offset + sum(size for size, _ in entry.parts[:at]))
+            data = self._file.read(length)
+        if len(data) != length:
+            raise CorruptArtifact("the file was truncated while it was open.")
+        if zlib.crc32(data) != crc:
+            raise CorruptArtifact(f"part {at} does not match its checksum.")
+        return memoryview(data)
+
+    def _zeros(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        self._allow(math.prod(shape) * np.dtype(dtype).itemsize, f"tensor {name!r}")
+        return np.zeros(shape, dtype)
+
+    def _allow(self, size: int, what: str) -> None:
+        if size > self._max_bytes:
+            raise ArtifactTooLarge(
+                f"{self.path}: {what} needs {size:,} bytes, above the cap of {self._max_bytes:,}. "
+                "If you trust the file, open it with a larger max_bytes."
+            )
+
+    @contextmanager
+    def _telling_where(self, name: str = "") -> Iterator[None]:
+        """Add the file and the tensor to the errors of the layers below."""
+        where = f"{self.path}: tensor {name!r}: " if name else f"{self.path}: "
+        try:
+            yield
+        except CorruptArtifact as error:
+            raise CorruptArtifact(f"{where}{error} {_ADVICE}") from error
+        except UnsupportedArtifact as error:
+            raise UnsupportedArtifact(f"{where}{error}") from error
+
+
+_ADVICE = "Get the file again from its source, or save the model again."
+
+
+def _rows(entry: Entry) -> int:
+    return entry.shape[0] if entry.shape else 1
+
+
+def _row_range(entry: Entry, rows: slice | None) -> tuple[int, int]:
+    if rows is None:
+        return 0, _rows(entry)
+    start, stop, step = rows.indices(_rows(entry))
+    if step != 1 or not entry.shape:
+        raise InputError(f"rows is {rows}; give a slice of the first axis with step 1.")
+    return start, max(start, stop)
+
+
+def _chunk_weights(entry: Entry, at: int) -> int:
+    rows = min(entry.chunk_rows, _rows(entry) - at * entry.chunk_rows)
+    return max(0, rows) * entry.row_size
+
+
+def _place(decoded: Decoded, out: np.ndarray, lookup: _Lookup) -> None:
+    """Write the values of a chunk into `out`, which holds zeros."""
+    if isinstance(decoded, Sparse):
+        zero = lookup(np.zeros(1, decoded.symbols.dtype))[0]
+        if zero != 0:
+            out.fill(zero)
+        out[decoded.positions] = lookup(decoded.symbols)
+        return
+    for start in range(0, len(decoded), _BLOCK):  # blocks that stay in the cache
+        out[start : start + _BLOCK] = lookup(decoded[start : start + _BLOCK])

@@ -1,0 +1,157 @@
+"""What goes into an artifact: arrays, codes with a codebook, and the bits of bfloat16.
+
+NumPy has no bfloat16, so such a tensor is given, and returned, as the uint16 of its bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lilliput.errors import InputError
+
+#: Names of dtypes (those of safetensors) by their number in the compact profile.
+DTYPES = {
+    "BOOL": "?",
+    "U8": "u1",
+    "I8": "i1",
+    "U16": "<u2",
+    "I16": "<i2",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "U32": "<u4",
+    "I32": "<i4",
+    "F32": "<f4",
+    "U64": "<u8",
+    "I64": "<i8",
+    "F64": "<f8",
+}
+_NAMES = {np.dtype(kind): name for name, kind in DTYPES.items() if name != "BF16"}
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A tensor whose values are looked up in a codebook: ``value = codebook[code]``.
+
+    If the tensor has zeros, ``codebook[0] == 0.0`` is the zero: the sparse codecs are cheap where
+    code 0 is frequent.
+
+    Attributes:
+        codes: uint8 or uint16, in the tensor's shape.
+        codebook: float32, 1 to 65,536 values.
+
+    Raises:
+        InputError: for another dtype, or a code beyond the codebook.
+
+    Example:
+        >>> Coded(np.array([[0, 2], [1, 0]], np.uint8), np.array([0, -1, 1], np.float32)).shape
+        (2, 2)
+    """
+
+    codes: NDArray[np.unsignedinteger]
+    codebook: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        if self.codes.dtype not in (np.uint8, np.uint16):
+            raise InputError(f"codes are {self.codes.dtype}; give uint8 or uint16.")
+        if self.codebook.dtype != np.float32 or self.codebook.ndim != 1:
+            kind, shape = self.codebook.dtype, self.codebook.shape
+            raise InputError(f"the codebook is {kind} of shape {shape}; give float32, one axis.")
+        if not 1 <= len(self.codebook) <= 1 << 16:
+            raise InputError(f"a codebook has 1 to 65,536 values; this one has {len(self.codebook)}.")
+        if self.codes.size and self.codes.max() >= len(self.codebook):
+            raise InputError(
+                f"code {self.codes.max()} has no value: the codebook has {len(self.codebook)}."
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return self.codes.shape
+
+
+@dataclass(frozen=True)
+class BFloat16:
+    """A bfloat16 tensor as the uint16 of its bits."""
+
+    bits: NDArray[np.uint16]
+
+    def __post_init__(self) -> None:
+        if self.bits.dtype != np.uint16:
+            raise InputError(f"the bits of bfloat16 are uint16; these are {self.bits.dtype}.")
+
+
+Tensor = np.ndarray | Coded | BFloat16
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """A tensor as the codecs see it.
+
+    Attributes:
+        flat: unsigned integers: codes, or the bit patterns of values as they are stored.
+        shape: the tensor's shape.
+        dtype: name of the dtype that a reader returns.
+        stored: name of the dtype of the stored values, or of the codebook.
+        codebook: the codebook as stored, or None for plain values.
+    """
+
+    flat: NDArray[np.unsignedinteger]
+    shape: tuple[int, ...]
+    dtype: str
+    stored: str
+    codebook: NDArray[np.floating] | None = None
+
+
+def to_symbols(name: str, tensor: Tensor, floats: str) -> Symbols:
+    """Lay a tensor out for the codecs.
+
+    Args:
+        name: the tensor's name, for errors.
+        tensor: what the caller gave.
+        floats: "float16" stores float32 values and codebooks as float16 where `fits_float16`.
+    """
+    if isinstance(tensor, Coded):
+        book = _shrink(tensor.codebook, floats)
+        small = np.uint8 if len(book) <= 256 else np.uint16
+        codes = np.ascontiguousarray(tensor.codes, small).reshape(-1)
+        return Symbols(codes, tensor.shape, "F32", _NAMES[book.dtype], book)
+    values, dtype = (tensor.bits, "BF16") if isinstance(tensor, BFloat16) else (tensor, "")
+    if values.dtype.newbyteorder("<") not in _NAMES:
+        raise InputError(
+            f"tensor {name!r} is {values.dtype}, which an artifact cannot hold. "
+            f"Convert it to one of: {', '.join(str(kind) for kind in _NAMES)}."
+        )
+    values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+    stored = _shrink(values, floats)
+    dtype, kept = dtype or _NAMES[values.dtype], dtype or _NAMES[stored.dtype]
+    return Symbols(stored.reshape(-1).view(f"<u{stored.itemsize}"), tensor_shape(tensor), dtype, kept)
+
+
+def tensor_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of any tensor that a writer takes."""
+    return tensor.bits.shape if isinstance(tensor, BFloat16) else tensor.shape
+
+
+def _shrink(values: np.ndarray, floats: str) -> np.ndarray:
+    if floats == "float16" and values.dtype == np.float32 and fits_float16(values):
+        return values.astype(np.float16)
+    return values
+
+
+def fits_float16(values: NDArray[np.float32]) -> bool:
+    """Whether float16 holds every value: finite, no overflow, relative error at most 2^-10.
+
+    Example:
+        >>> fits_float16(np.array([1.0, 0.0, 1e-3], np.float32))
+        True
+        >>> fits_float16(np.array([1e-9], np.float32))  # would become zero
+        False
+    """
+    with np.errstate(over="ignore"):
+        rounded = values.astype(np.float16).astype(np.float32)
+    return bool(
+        np.isfinite(values).all() and (abs(rounded - values) <= abs(values) * 2.0**-10).all()
+    )

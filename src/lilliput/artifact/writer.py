@@ -1,0 +1,294 @@
+"""Writing an artifact: one atomic file, the codec of each tensor chosen by its cost.
+
+The file appears complete or not at all: it is written beside its place, flushed to the disk, and
+renamed. The same tensors and sections give the same bytes (with the same zlib).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lilliput.artifact import format as layout
+from lilliput.artifact.choice import choose
+from lilliput.artifact.codecs import CODECS, SPARSE, Codec
+from lilliput.artifact.codecs.deep_compression import WIDEST, DeepCompression
+from lilliput.artifact.report import SizeReport, report_tensor
+from lilliput.artifact.tensors import Symbols, Tensor, to_symbols
+from lilliput.errors import ArtifactError, InputError, UnknownName
+
+CHUNK_WEIGHTS = 1 << 20
+#: Below this many bytes of payload the compact header is worth its being readable by Lilliput only.
+_COMPACT_BYTES = 1 << 20
+
+Profile = Literal["auto", "safetensors", "compact"]
+
+
+@dataclass(frozen=True)
+class _Options:
+    codec: str | Mapping[str, str]
+    index_bits: int | Literal["paper"] | Mapping[str, int] | None
+    floats: str
+    chunk_weights: int
+
+
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    structure: Any = None,
+    recipe: Any = None,
+    figures: Any = None,
+    codec: str | Mapping[str, str] = "auto",
+    index_bits: int | Literal["paper"] | Mapping[str, int] | None = None,
+    floats: Literal["float32", "float16"] = "float32",
+    profile: Profile = "auto",
+    chunk_weights: int = CHUNK_WEIGHTS,
+) -> SizeReport:
+    """Write tensors to one compressed file.
+
+    Args:
+        path: where to write. A file that is there is replaced only when the new one is complete.
+        tensors: arrays, `Coded` or `BFloat16`, by name. Arrays are stored without loss.
+        structure: how to build the model again; this and the next two are JSON, kept as given.
+        recipe: the recipe that made the model.
+        figures: what was measured.
+        codec: "auto" chooses by size; a name holds for every `Coded` tensor and every array with
+            many zeros; a mapping gives tensors (missing: "auto") their own.
+        index_bits: width of the relative index where `deep_compression` is named: None takes the
+            best of each chunk, "paper" 8 for convolutions and 5 for matrices.
+        floats: "float16" stores float32 arrays and codebooks as float16, each only if it is
+            finite there and no value moves by more than 2^-10 of itself.
+        profile: "compact" for tiny networks; "auto" takes it for payloads under 1 MiB, but never
+            for a path that ends in ``.safetensors``.
+        chunk_weights: weights of a chunk, rounded to whole rows. Decoding is parallel, and partial,
+            by chunks.
+
+    Returns:
+        The sizes, as `Artifact.report` would measure them.
+
+    Raises:
+        InputError: for an unknown codec, a dtype that cannot be stored, sections that are no JSON.
+        ArtifactError: when the disk refuses; an older file at `path` is then untouched.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> from lilliput.artifact import Coded, open, write
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "tiny.safetensors"
+        >>> codes = np.zeros((300, 784), np.uint8)
+        >>> codes[::7, ::5] = 1
+        >>> report = write(path, {"w": Coded(codes, np.array([0, 0.5], np.float32))})
+        >>> report.dense_bytes, report.file_bytes < 3000
+        (940800, True)
+        >>> with open(path) as artifact:
+        ...     float(artifact.dense("w").sum())
+        3375.5
+    """
+    options = _Options(codec, index_bits, floats, chunk_weights)
+    _check_options(options, profile, tensors)
+    sections = {"structure": structure, "recipe": recipe, "figures": figures}
+    encoded = _encode_all(tensors, options)
+    document = layout.Document(
+        {name: item.entry for name, item in encoded.items()},
+        {key: value for key, value in sections.items() if value is not None},
+    )
+    profile = _resolve(profile, path, document)
+    header, order = layout.seal(document, profile)
+    _write_atomically(Path(path), _stream(header, order, encoded))
+    return SizeReport(
+        path=os.fspath(path),
+        profile=profile,
+        file_bytes=os.path.getsize(path),
+        header_bytes=len(header),
+        tensors=tuple(report_tensor(n, item.entry, item.counts) for n, item in encoded.items()),
+    )
+
+
+def _check_options(options: _Options, profile: str, tensors: Mapping[str, Tensor]) -> None:
+    named = [options.codec] if isinstance(options.codec, str) else options.codec.values()
+    for kind, name, known in (
+        *(("codec", name, ["auto", *CODECS]) for name in named),
+        ("profile", profile, ["auto", "safetensors", "compact"]),
+        ("storage of floats", options.floats, ["float32", "float16"]),
+    ):
+        if name not in known:
+            raise UnknownName(kind, name, known)
+    for mapping in (options.codec, options.index_bits):
+        for name in mapping if isinstance(mapping, Mapping) else ():
+            if name not in tensors:
+                raise UnknownName("tensor", name, tensors)
+    if "__metadata__" in tensors:
+        raise InputError("no tensor can be named '__metadata__': safetensors reserves the name.")
+    if options.chunk_weights < 1:
+        raise InputError(f"chunk_weights is {options.chunk_weights}; give 1 or more.")
+
+
+def _resolve(profile: str, path: str | os.PathLike[str], document: layout.Document) -> str:
+    if profile != "auto":
+        return profile
+    small = sum(entry.size for entry in document.entries.values()) < _COMPACT_BYTES
+    return "compact" if small and not os.fspath(path).endswith(".safetensors") else "safetensors"
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    entry: layout.Entry
+    parts: list[list[bytes | memoryview]]
+    counts: NDArray[np.int64] | None
+
+
+def _encode_all(tensors: Mapping[str, Tensor], options: _Options) -> dict[str, _Encoded]:
+    """Encode each tensor; one whose codebook was met before refers to it."""
+    owners: dict[bytes, str] = {}
+    out = {}
+    for name, tensor in tensors.items():
+        symbols = to_symbols(name, tensor, options.floats)
+        book = b"" if symbols.codebook is None else symbols.codebook.tobytes()
+        owner = owners.setdefault(symbols.stored.encode() + book, name) if book else name
+        out[name] = _encode(name, symbols, b"" if owner != name else book, owner, options)
+    return out
+
+
+def _encode(name: str, symbols: Symbols, book: bytes, owner: str, options: _Options) -> _Encoded:
+    rows = _rows_of_chunk(symbols.shape, options.chunk_weights)
+    size = rows * int(np.prod(symbols.shape[1:], dtype=np.int64)) or max(1, symbols.flat.size)
+    chunks = [symbols.flat[at : at + size] for at in range(0, max(1, symbols.flat.size), size)]
+    counts = _count(chunks, symbols)
+    chosen, coder = _codec(name, symbols, chunks, counts, options)
+    parts = [[coder.encode(chunk)] for chunk in chunks]
+    parts[0].insert(0, book)
+    entry = layout.Entry(
+        codec=chosen,
+        shape=symbols.shape,
+        dtype=symbols.dtype,
+        stored=symbols.stored,
+        nonzeros=_nonzeros(symbols, counts),
+        parts=tuple((sum(map(len, part)), _crc(part)) for part in parts),
+        rows=rows,
+        levels=0 if symbols.codebook is None else len(symbols.codebook),
+        book="" if owner == name else owner,
+    )
+    return _Encoded(entry, parts, None if symbols.codebook is None else counts)
+
+
+def _rows_of_chunk(shape: tuple[int, ...], chunk_weights: int) -> int:
+    """Rows of a chunk, or 0 where one chunk holds the tensor."""
+    row = int(np.prod(shape[1:], dtype=np.int64))
+    rows = max(1, chunk_weights // max(1, row))
+    return 0 if not shape or rows >= shape[0] else rows
+
+
+def _count(chunks: list[NDArray[np.unsignedinteger]], symbols: Symbols) -> NDArray[np.int64]:
+    """Occurrences of each code, or of (zero, not zero) among plain values."""
+    if symbols.codebook is None:
+        nonzeros = sum(int(np.count_nonzero(chunk)) for chunk in chunks)
+        return np.array([symbols.flat.size - nonzeros, nonzeros])
+    counts = np.zeros(len(symbols.codebook), np.int64)
+    for chunk in chunks:  # zeros apart: most weights are, and bincount takes only int64
+        present = chunk[chunk != 0]
+        counts += np.bincount(present, minlength=len(counts))
+        counts[0] += len(chunk) - len(present)
+    return counts
+
+
+def _nonzeros(symbols: Symbols, counts: NDArray[np.int64]) -> int:
+    if symbols.codebook is None:
+        values = symbols.flat.view(layout.DTYPES[symbols.stored])
+        return int(counts[1]) - int(np.count_nonzero(symbols.flat) - np.count_nonzero(values))
+    return int(counts[symbols.codebook != 0].sum())
+
+
+def _codec(
+    name: str,
+    symbols: Symbols,
+    chunks: list[NDArray[np.unsignedinteger]],
+    counts: NDArray[np.int64],
+    options: _Options,
+) -> tuple[str, Codec]:
+    asked = options.codec if isinstance(options.codec, str) else options.codec.get(name, "auto")
+    if asked == "auto" or (symbols.codebook is None and isinstance(options.codec, str)):
+        chosen = choose(chunks, counts, symbols.codebook is None)
+        asked = asked if chosen != "raw" and asked in SPARSE else chosen
+    if asked in ("raw", "f16"):
+        asked = "f16" if symbols.stored != symbols.dtype else "raw"
+    if asked == "packed" and symbols.flat.itemsize > 2:
+        raise InputError(
+            f"tensor {name!r} is plain {symbols.stored}, and 'packed' holds codes only. "
+            "Give it 'raw', 'gap' or 'auto'."
+        )
+    if asked == "deep_compression":
+        return asked, DeepCompression(_index_bits(name, symbols.shape, options))
+    return asked, CODECS[asked]
+
+
+def _index_bits(name: str, shape: tuple[int, ...], options: _Options) -> int | None:
+    bits = options.index_bits
+    if bits == "paper":
+        return 8 if len(shape) > 2 else 5
+    bits = bits.get(name) if isinstance(bits, Mapping) else bits
+    if bits is not None and not 0 <= bits <= WIDEST:
+        raise InputError(f"index_bits is {bits}; a relative index has 0 to {WIDEST} bits.")
+    return bits
+
+
+def _crc(part: Iterable[bytes | memoryview]) -> int:
+    crc = 0
+    for piece in part:
+        crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def _stream(
+    header: bytes, order: list[str], encoded: dict[str, _Encoded]
+) -> Iterator[bytes | memoryview]:
+    yield header
+    for name in order:
+        for part in encoded[name].parts:
+            yield from part
+
+
+def _write_atomically(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:  # Ctrl-C too must not leave half a file behind
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise ArtifactError(_refused(path, error)) from error
+        raise
+    _sync_folder(path.parent)
+
+
+def _refused(path: Path, error: OSError) -> str:
+    advice = {
+        errno.ENOSPC: "Free some space, or write to another disk.",
+        errno.ENOENT: f"Make the folder {str(path.parent)!r} first.",
+        errno.EACCES: "Check the permissions of the folder.",
+    }.get(error.errno or 0, "Check the disk and the folder.")
+    kept = "The file that was there is untouched. " if path.exists() else ""
+    return f"cannot write {str(path)!r}: {error.strerror or error}. {kept}{advice}"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renaming itself durable, where the system can (Windows cannot)."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

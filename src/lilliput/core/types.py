@@ -1,0 +1,85 @@
+"""The quantities that methods share, each named and validated once, and what a step reports.
+
+``sparsity`` is the fraction of weights set to zero, ``keep`` the fraction of channels kept. A setting
+of type ``PerLayer[X]`` is one value for every layer, or a mapping from patterns to values, in which
+the first pattern that matches a layer wins.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Sparsity = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
+Keep = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Bits = Annotated[int, Field(ge=1, le=16)]
+Layers = str | list[str]
+
+T = TypeVar("T")
+PerLayer = T | dict[str, T]
+
+
+class Settings(BaseModel):
+    """A pydantic model that refuses unknown keys and checks assignments."""
+
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, arbitrary_types_allowed=True
+    )
+
+
+def resolve(setting: PerLayer[T], name: str) -> T | None:
+    """The value of a per-layer setting for the layer ``name``; None where no pattern covers it.
+
+    Example:
+        >>> resolve({"conv*": 8, "*": 5}, "fc1")
+        5
+    """
+    if not isinstance(setting, dict):
+        return setting
+    return next((v for pattern, v in setting.items() if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a method did to one place of the model.
+
+    Attributes:
+        where: name of the tensor or layer.
+        what: what was changed, for example ``"nonzeros"``.
+        before: the value before.
+        after: the value after.
+        method: name of the method that did it.
+        note: anything that a reader should know.
+    """
+
+    where: str
+    what: str
+    before: Any
+    after: Any
+    method: str = ""
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch: what goes in, what should come out, and which samples they are.
+
+    Attributes:
+        inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        target: whatever the task's loss and score take as their second argument.
+        index: int64 ``(batch,)``, the samples' numbers in the data set, where they are known.
+    """
+
+    inputs: Any
+    target: Any
+    index: Any = None

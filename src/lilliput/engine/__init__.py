@@ -1,0 +1,1 @@
+"""What executes a recipe: the loop, the run directory, checkpoints, several processes."""

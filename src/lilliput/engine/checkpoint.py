@@ -1,0 +1,105 @@
+"""Checkpoints: any tree of tensors and plain values, in one safetensors file, without pickle.
+
+The tensors lie in the file by number; the tree around them is JSON in its metadata. Dicts whose keys
+are not strings, and tuples, survive, so that an optimizer's ``state_dict`` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..errors import CorruptArtifact, RunError
+
+_KEY = "lilliput.checkpoint"
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Write the tree to a temporary name and rename it."""
+    tensors: dict[str, Tensor] = {}
+    skeleton = json.dumps(_take_apart(tree, tensors))
+    data = safetensors.torch.save(tensors, metadata={_KEY: skeleton})
+    write_atomically(path, lambda file: file.write(data))
+
+
+def load_tree(path: Path) -> Any:
+    """Read a tree that :func:`save_tree` wrote.
+
+    Raises:
+        CorruptArtifact: the file is not such a tree.
+    """
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            skeleton = json.loads((file.metadata() or {})[_KEY])
+            return _put_together(skeleton, file.get_tensor)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise CorruptArtifact(
+            f"{path} is not a whole checkpoint ({error}). Delete it to go on from an earlier one."
+        ) from error
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it; nothing half done stays.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written; the old file is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}. What was there before is untouched; "
+            "make room or choose another directory, and run the same command again to go on."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _take_apart(node: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(node, Tensor):
+        name = str(len(tensors))
+        tensors[name] = node.detach().cpu().contiguous().clone()
+        return {"$tensor": name}
+    if isinstance(node, dict):
+        return {"$dict": [[_take_apart(k, tensors), _take_apart(v, tensors)] for k, v in node.items()]}
+    if isinstance(node, tuple):
+        return {"$tuple": [_take_apart(v, tensors) for v in node]}
+    if isinstance(node, list):
+        return [_take_apart(v, tensors) for v in node]
+    if node is None or isinstance(node, bool | int | float | str):
+        return node
+    raise TypeError(
+        f"a checkpoint holds tensors, numbers, strings, lists and dicts, not {type(node).__name__}."
+    )
+
+
+def _put_together(node: Any, tensor: Callable[[str], Tensor]) -> Any:
+    if isinstance(node, list):
+        return [_put_together(v, tensor) for v in node]
+    if not isinstance(node, dict):
+        return node
+    (kind, content), *_ = node.items()
+    if kind == "$tensor":
+        return tensor(content)
+    if kind == "$tuple":
+        return tuple(_put_together(v, tensor) for v in content)
+    return {_put_together(k, tensor): _put_together(v, tensor) for k, v in content}
+
+
+def clone_state(module: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of the module's state that later training does not move."""
+    return {k: v.detach().clone() for k, v in module.state_dict().items()}

@@ -1,0 +1,222 @@
+"""A recipe from its first stage to its artifact; :mod:`lilliput.engine.loop` draws the whole.
+
+The surprising rule: the score that is reported is that of the *file*. After each stage the model is
+written, read back, and what was read is evaluated.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import io
+from ..core.method import Method
+from ..core.recipe import ArtifactSettings, Stage
+from ..core.run import Run
+from ..core.task import Task, evaluate
+from ..core.types import Change
+from ..errors import NothingChanged
+from ..mechanisms.encodings import bake, describe, rebuild
+from . import distributed
+from .optim import freeze_others
+from .outcome import Result, expectations, stage_record
+from .progress import Watcher
+from .records import RunDirectory
+from .seeds import seed_all
+from .training import Training, length
+
+
+@dataclass
+class Job:
+    """What is to be executed: a recipe with its model and tasks built.
+
+    Attributes:
+        model: the network to start from; it is changed in place, so hand over a copy.
+        task: what it must do.
+        stages: what happens to it.
+        description: JSON-ready; the run directory belongs to it.
+        seed: of everything random.
+        device: where to train.
+        deterministic: use torch's deterministic algorithms.
+        artifact: how files are written.
+        expect: conditions on the result.
+        stage_tasks: tasks of the stages that have their own.
+        build: makes the networks that methods refer to.
+    """
+
+    model: nn.Module
+    task: Task
+    stages: Sequence[Stage]
+    description: dict[str, Any]
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    deterministic: bool = True
+    artifact: ArtifactSettings = field(default_factory=ArtifactSettings)
+    expect: dict[str, str] = field(default_factory=dict)
+    stage_tasks: dict[int, Task] = field(default_factory=dict)
+    build: Callable[[Any], nn.Module] | None = None
+
+
+def execute(
+    job: Job, directory: Path, *, fresh: bool = False, watchers: Sequence[Watcher] = ()
+) -> Result:
+    """Execute a job, or go on with it where an earlier process stopped.
+
+    Args:
+        job: what to do.
+        directory: the run directory; see :mod:`lilliput.engine.records`.
+        fresh: throw an earlier run there away.
+        watchers: told of every step.
+
+    Returns:
+        The figures, the model and the artifact.
+
+    Raises:
+        RunConflict: the directory belongs to another run.
+        Diverged, NothingChanged: see there; the last checkpoint is kept.
+    """
+    leader = distributed.rank() == 0
+    watchers = watchers if leader else ()
+    try:
+        with RunDirectory(directory, job.description, fresh=fresh, leader=leader) as home:
+            distributed.barrier()
+            return _Execution(job, home, watchers).run_all()
+    finally:
+        for watcher in watchers:
+            watcher.close()
+
+
+class _Execution:
+    """One execution of a job."""
+
+    def __init__(self, job: Job, home: RunDirectory, watchers: Sequence[Watcher]) -> None:
+        self.job, self.home, self.watchers = job, home, watchers
+        self.run = Run(
+            model=job.model.to(job.device),
+            task=job.task,
+            device=job.device,
+            seed=job.seed,
+            directory=home.path,
+            wrap=distributed.wrap,
+            build=job.build,
+        )
+        self.baseline: dict[str, Any] | None = None
+        self.records: list[dict[str, Any]] = []
+        self.changes: list[list[dict[str, Any]]] = []
+
+    def run_all(self) -> Result:
+        """All stages that are not done yet, and the conclusion."""
+        self._take_up()
+        for number in range(len(self.records), len(self.job.stages)):
+            self._stage(number)
+        return self._conclude()
+
+    def _take_up(self) -> None:
+        """Begin, or go on after the last finished stage."""
+        model, home = self.run.model, self.home
+        start = home.load("start")
+        if start is None:
+            home.save("start", {"model": model.state_dict()})
+            return
+        model.load_state_dict(start["model"])
+        original = home.load("original")
+        if original is not None:
+            model.load_state_dict(original["model"])
+            self._set_original(original["figures"])
+        done = [n for n in range(len(self.job.stages)) if home.checkpoint(f"stage-{n}").exists()]
+        if done:
+            last = home.load(f"stage-{done[-1]}")
+            rebuild(model, last["encodings"])
+            model.load_state_dict(last["model"])
+            self.records, self.changes = last["records"], last["changes"]
+
+    def _set_original(self, figures: dict[str, Any]) -> None:
+        """Keep the network as it is now: the baseline, and the usual teacher."""
+        self.run.original = copy.deepcopy(self.run.model).eval().requires_grad_(False)
+        self.baseline = figures
+
+    def _stage(self, number: int) -> None:
+        stage, run = self.job.stages[number], self.run
+        self._prepare(number, stage)
+        for method in run.methods:
+            method.attach(run)
+        frozen = freeze_others(run, stage.train)
+        for watcher in self.watchers:
+            watcher.stage_begins(run, stage)
+        if stage.train.epochs:
+            Training(run, stage.train, self.home, self.watchers).train_all()
+        changes = [change for method in reversed(run.methods) for change in _finish(method, run)]
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        self._close_stage(stage, changes)
+
+    def _prepare(self, number: int, stage: Stage) -> None:
+        """A clean run for the stage; the method objects are its own."""
+        run = self.run
+        run.stage, run.step, run.epoch = number, 0, 0
+        run.task = self.job.stage_tasks.get(number, self.job.task)
+        run.methods = [method.model_copy() for method in stage.methods]
+        run.memories, run.extras, run.players, run.optimizer = {}, {}, {}, None
+        run.total_steps = stage.train.epochs * length(run.task.train) if stage.train.epochs else 0
+        seed_all(run.seed, number, deterministic=self.job.deterministic)
+        if stage.methods and run.original is None:
+            score = evaluate(run.model, run.task.reported, run.task.score, run.device)
+            self.home.save("original", {"model": run.model.state_dict(), "figures": {"score": score}})
+            self._set_original({"score": score})
+
+    def _close_stage(self, stage: Stage, changes: list[Change]) -> None:
+        """Write the file, measure what it holds, and only then call the stage done."""
+        run, home = self.run, self.home
+        path = home.path / "stages" / f"{run.stage}-{_file_name(stage.name)}.safetensors"
+        loaded = self._write_and_read(path, {})
+        record = stage_record(run, stage, path, loaded, self.baseline)
+        self.records.append(record)
+        self.changes.append([change.as_dict() for change in changes])
+        home.write_json("changes.json", self.changes)
+        state = {"model": run.model.state_dict(), "encodings": describe(run.model)}
+        kept = {"records": self.records, "changes": self.changes}
+        home.save(f"stage-{run.stage}", {**state, **kept})
+        home.forget("inside")
+        for watcher in self.watchers:
+            watcher.stage_ends(record)
+
+    def _write_and_read(self, path: Path, figures: dict[str, Any]) -> nn.Module:
+        if self.home.leader:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            description = self.job.description
+            io.save(self.run.model, path, settings=self.job.artifact, recipe=description, figures=figures)
+        distributed.barrier()
+        empty = bake(copy.deepcopy(self.run.model)).cpu()
+        return io.load(path, model=empty).to(self.run.device)
+
+    def _conclude(self) -> Result:
+        last = self.records[-1]
+        baseline = self.baseline or {"score": last["score"]}
+        path = self.home.path / "model.safetensors"
+        model = self._write_and_read(
+            path, {"score": last["score"], "baseline_score": baseline["score"]}
+        )
+        result = Result.of(self.records, baseline, model, path, self.home.path)
+        result.figures["expect"] = expectations(self.job.expect, result.figures)
+        self.home.write_json("result.json", result.figures)
+        return result
+
+
+def _finish(method: Method, run: Run) -> Iterable[Change]:
+    changes = method.finish(run)
+    if method.changes_model and not changes:
+        raise NothingChanged(
+            f"{method.method_name()} has finished stage {run.stage + 1} and changed nothing: the model "
+            "is as it was. Ask for more (a higher sparsity, fewer bits), or leave the method out."
+        )
+    return changes
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")[:40]

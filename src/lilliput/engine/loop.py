@@ -1,0 +1,202 @@
+"""The loop. Everything that Lilliput does to a model happens somewhere in these lines::
+
+    for stage in recipe:
+        attach each method            # encodings, taps, teachers, players appear; then the optimizer is built
+        for epoch, batch:
+            before_step               # e.g. resample a mask
+            output = model(batch);  loss = task loss * its weight + the sum of the methods' losses
+            backward;  after_backward # e.g. freeze, quantize a gradient
+            optimizer.step();  after_step   # e.g. reapply a mask, prox, clip
+            after_epoch
+        finish each method, in reverse      # shrink, bake, encode; returns Changes; fails if nothing changed
+        evaluate, measure, save the artifact of this stage
+
+This module has the part between ``attach`` and ``finish``; ``execute`` has the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..core.method import Method, overrides
+from ..core.recipe import Train
+from ..core.run import Run
+from ..core.task import call, explain_mismatch
+from ..core.types import Batch
+from ..errors import Diverged, InputError, ModelMismatch
+from .optim import rate, set_rate
+
+
+class Hooks:
+    """The hooks that the methods of a stage really have, looked up once."""
+
+    def __init__(self, methods: list[Method]) -> None:
+        def having(hook: str) -> list[Any]:
+            return [getattr(m, hook) for m in methods if overrides(m, hook)]
+
+        self.before_step, self.after_step = having("before_step"), having("after_step")
+        self.loss, self.after_backward = having("loss"), having("after_backward")
+        self.after_epoch, self.task_weight = having("after_epoch"), having("task_weight")
+        self.data = having("data")
+        self.forward = _at_most_one(methods, "forward")
+        self.drive = _at_most_one(methods, "drive")
+
+
+@dataclass
+class Tally:
+    """Sums of the logged figures over an epoch."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
+
+    def add(self, figures: dict[str, Tensor | float]) -> None:
+        """Take in the figures of one step."""
+        for name, value in figures.items():
+            known = self.sums.get(name)
+            value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+            self.sums[name] = value.double() if known is None else known.add_(value)
+        self.steps += 1
+
+    def close(self) -> dict[str, float]:
+        """The mean of each figure over the steps; the tally starts anew."""
+        means = {name: float(total) / self.steps for name, total in self.sums.items()}
+        self.sums, self.steps = {}, 0
+        return means
+
+
+@dataclass
+class Loop:
+    """What one stage needs beside the run: its settings, hooks and counters.
+
+    Attributes:
+        run: the run.
+        train: how the stage trains.
+        hooks: of the stage's methods.
+        network: what is called for the forward pass: the model, wrapped where processes share it.
+        tally: figures of the epoch so far.
+    """
+
+    run: Run
+    train: Train
+    hooks: Hooks
+    network: Callable[..., Any]
+    tally: Tally = field(default_factory=Tally)
+    scaler: torch.amp.GradScaler | None = None
+
+    def step(self, batch: Batch) -> None:
+        """One batch, from ``before_step`` to ``after_step``."""
+        run = self.run
+        run.batch = batch
+        if run.optimizer is not None:
+            set_rate(run.optimizer, rate(self.train, run.progress))
+        for hook in self.hooks.before_step:
+            hook(run)
+        loss = self.hooks.drive(run) if self.hooks.drive else self._forward_and_backward()
+        self._check_finite(loss)
+        run.step += 1
+        for hook in self.hooks.after_step:
+            hook(run)
+        self.tally.add({"loss": loss, **run.logged})
+        run.logged.clear()
+
+    def _forward_and_backward(self) -> Tensor:
+        run, optimizer = self.run, self.run.optimizer
+        assert optimizer is not None  # noqa: S101 - built right after attach
+        optimizer.zero_grad(set_to_none=True)
+        with self._precision():
+            forward = self.hooks.forward
+            run.output = forward(run) if forward else call(self.network, run.batch.inputs)
+            loss = self.total_loss()
+        self._backward(loss)
+        for hook in self.hooks.after_backward:
+            hook(run)
+        self._move(optimizer)
+        return loss
+
+    def total_loss(self) -> Tensor:
+        """The task's loss times its weight, plus the methods' terms; each is logged."""
+        run = self.run
+        weight = self.train.task_weight * math.prod(hook(run) for hook in self.hooks.task_weight)
+        terms: dict[str, Tensor] = {}
+        if weight:
+            terms["loss/task"] = task_loss(run) * weight if weight != 1.0 else task_loss(run)
+        for hook in self.hooks.loss:
+            terms.update({f"loss/{name}": value for name, value in hook(run).items()})
+        if not terms:
+            raise InputError(
+                "the stage has no loss: the task's weight is 0 and no method of it adds a term."
+            )
+        if len(terms) > 1:  # a single term is the loss itself
+            run.logged.update({name: value.detach() for name, value in terms.items()})
+        return sum(terms.values())  # type: ignore[return-value]
+
+    def _backward(self, loss: Tensor) -> None:
+        if self.scaler is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+            return
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.run.optimizer)  # type: ignore[arg-type]
+
+    def _move(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.train.clip is not None:
+            parameters = [p for g in optimizer.param_groups for p in g["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.train.clip)
+        if self.scaler is None:
+            optimizer.step()
+            return
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def _precision(self) -> Any:
+        if self.train.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.run.device.type, getattr(torch, self.train.precision))
+
+    def _check_finite(self, loss: Tensor) -> None:
+        # Looking at the loss makes a GPU wait: there, look now and then.
+        if self.run.device.type == "cuda" and self.run.step % 50:
+            return
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise Diverged(
+                f"the loss is {value} at step {self.run.step} (epoch {self.run.epoch + 1}) of "
+                f"stage {self.run.stage + 1}. The last checkpoint is kept. Lower the learning rate "
+                "(train.lr), clip the gradient (train.clip), or look for empty or constant inputs."
+            )
+
+
+def task_loss(run: Run) -> Tensor:
+    """The task's loss of the present batch.
+
+    Raises:
+        ModelMismatch: the output does not fit the loss.
+    """
+    try:
+        loss = run.task.loss(run.output, run.batch.target)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise explain_mismatch("loss", run.output, run.batch.target, error) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ModelMismatch(
+            f"the task's loss returned {pytree.tree_map(lambda t: getattr(t, 'shape', t), loss)} "
+            "instead of one number: reduce it to the mean over the batch."
+        )
+    return loss
+
+
+def _at_most_one(methods: list[Method], hook: str) -> Any:
+    having = [m for m in methods if overrides(m, hook)]
+    if len(having) > 1:
+        names = " and ".join(m.method_name() for m in having)
+        raise InputError(
+            f"{names} both want to replace the {'step' if hook == 'drive' else 'forward pass'}: only "
+            "one method of a stage can. Put them into two stages."
+        )
+    return getattr(having[0], hook) if having else None

@@ -1,0 +1,182 @@
+"""What came out: the figures of each stage and of the whole run.
+
+``size_ratio`` is the dense network's bytes over the file's, larger is better; ``latency_ratio`` is the time
+over the dense network's time, measured side by side, smaller is better. ``bytes`` is the size of the
+file on the disk; ``entropy_bytes`` beside it is what an ideal coder of single weights would need.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from .. import artifact
+from ..core.recipe import Stage
+from ..core.run import Run
+from ..core.task import evaluate
+from ..errors import InputError, LilliputError
+from ..measure import latency, macs, size
+
+_COLUMNS = ("P", "P+Q", "P+Q+H")
+_CONDITION = re.compile(r"^\s*(<=|>=|<|>|==)\s*(-?[0-9.]+(?:e-?[0-9]+)?)\s*$")
+
+
+@dataclass
+class Result:
+    """A finished run.
+
+    Attributes:
+        figures: JSON-ready, as in ``result.json``: those of the last stage, the baseline's score, and
+            the list ``stages`` with the figures of each.
+        model: the compressed network as the file holds it, in eval mode.
+        artifact: the compressed file.
+        directory: the run directory.
+    """
+
+    figures: dict[str, Any]
+    model: nn.Module
+    artifact: Path
+    directory: Path
+
+    @classmethod
+    def of(
+        cls,
+        records: list[dict[str, Any]],
+        baseline: dict[str, Any],
+        model: nn.Module,
+        path: Path,
+        directory: Path,
+    ) -> Result:
+        """Put the stages' records together."""
+        last = {k: v for k, v in records[-1].items() if k not in ("name", "methods", "epochs", "layers")}
+        figures = {
+            **last,
+            "baseline_score": baseline["score"],
+            "score_drop": baseline["score"] - last["score"],
+            "artifact": str(path),
+            "run": str(directory),
+            "bytes": path.stat().st_size,
+            "stages": records,
+        }
+        figures["size_ratio"] = figures["dense_bytes"] / figures["bytes"]
+        return cls(figures, model, path, directory)
+
+    def table(self) -> Table:
+        """The stages as a table for the terminal."""
+        score = self.figures["score_name"]
+        table = Table(title=None, header_style="bold")
+        for name in ("stage", score, "parameters", "non-zeros", "bytes on disk", "size", "latency"):
+            table.add_column(name, justify="left" if name == "stage" else "right")
+        for stage in self.figures["stages"]:
+            table.add_row(
+                stage["name"],
+                f"{stage['score']:.2f}",
+                f"{stage['parameters']:,}",
+                f"{stage['nonzeros']:,}",
+                f"{stage['bytes']:,}",
+                f"{stage['size_ratio']:.1f}x smaller",
+                f"{stage['latency_ratio']:.2f}x",
+            )
+        return table
+
+
+def stage_record(
+    run: Run, stage: Stage, path: Path, loaded: nn.Module, baseline: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The figures of one stage, all taken from the file that it wrote and read back."""
+    dense = run.original if run.original is not None else loaded
+    counted, example = size(loaded), run.task.example_inputs()
+    on_disk, dense_bytes = path.stat().st_size, size(dense).dense_bytes
+    with artifact.open(path) as file:
+        report = file.report()
+    score = evaluate(loaded, run.task.reported, run.task.score, run.device)
+    return {
+        "name": stage.name,
+        "methods": [method.method_name() for method in stage.methods],
+        "epochs": stage.train.epochs,
+        "score": score,
+        "score_name": run.task.score_name,
+        "score_on": "validation" if run.task.test is None else "test",
+        "validation": evaluate(loaded, run.task.validation, run.task.score, run.device),
+        "score_drop": baseline["score"] - score if baseline else 0.0,
+        "parameters": counted.parameters,
+        "nonzeros": counted.nonzeros,
+        "bytes": on_disk,
+        "dense_bytes": dense_bytes,
+        "size_ratio": dense_bytes / on_disk,
+        "entropy_bytes": report.entropy_bytes,
+        "deep_compression": _columns(report),
+        **_compute(loaded.cpu(), dense, example, run),
+        "artifact": str(path.relative_to(run.directory)) if run.directory else str(path),
+        "layers": [_layer(tensor) for tensor in report.tensors],
+    }
+
+
+def expectations(expect: dict[str, str], figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """Hold a recipe's conditions against the figures.
+
+    Raises:
+        InputError: a condition is not of the form ``">= 40"``, or names no figure.
+    """
+    return [_expectation(name, condition, figures) for name, condition in expect.items()]
+
+
+def check_condition(name: str, condition: str) -> tuple[str, float]:
+    """The operator and the number of a condition.
+
+    Raises:
+        InputError: it has another form.
+    """
+    found = _CONDITION.match(condition)
+    if not found:
+        raise InputError(f"expect.{name} is {condition!r}; write it like '>= 40' or '<= 0.5'.")
+    return found[1], float(found[2])
+
+
+def _expectation(name: str, condition: str, figures: dict[str, Any]) -> dict[str, Any]:
+    operator, bound = check_condition(name, condition)
+    value = figures.get(name)
+    if not isinstance(value, int | float):
+        known = ", ".join(k for k, v in figures.items() if isinstance(v, int | float))
+        raise InputError(f"expect.{name}: there is no such figure. Known: {known}.")
+    holds = {
+        "<=": value <= bound, ">=": value >= bound, "<": value < bound, ">": value > bound,
+        "==": value == bound,
+    }[operator]
+    return {"figure": name, "condition": condition, "value": value, "holds": holds}
+
+
+def _columns(report: artifact.SizeReport) -> dict[str, int] | None:
+    """The paper's three columns, in bytes, over all tensors; what is not pruned counts as it is."""
+    return None
+
+
+def _compute(loaded: nn.Module, dense: nn.Module, example: Any, run: Run) -> dict[str, Any]:
+    """Work and time of a forward pass of one sample, on the processor."""
+    try:
+        work = macs(loaded, example)
+        both = {"dense": dense.cpu(), "model": loaded}
+        ratio = latency(both, example, seconds=0.5).models["model"].ratio.median
+        figures = {"macs": work.total, "sparse_macs": work.sparse_macs, "latency_ratio": ratio}
+    except LilliputError as error:  # a network that cannot run alone is still worth its other figures
+        figures = {"macs": None, "sparse_macs": None, "latency_ratio": None, "unmeasured": str(error)}
+    finally:
+        dense.to(run.device)
+    return figures
+
+
+def _layer(tensor: artifact.TensorReport) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "weights": tensor.weights,
+        "nonzeros": tensor.nonzeros,
+        "codec": tensor.codec,
+        "bytes": tensor.bytes,
+        "entropy_bytes": tensor.entropy_bytes,
+    }

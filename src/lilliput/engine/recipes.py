@@ -1,0 +1,272 @@
+"""Recipe files: YAML with line numbers in every error, overrides from the command line, and the job.
+
+The surprising rule: YAML is read by version 1.2, so ``lr: 1e-3`` is a number and ``no`` is a word.
+"""
+
+from __future__ import annotations
+
+import io as text_io
+from pathlib import Path
+from typing import Any
+
+import pydantic
+from ruamel.yaml import YAML, CommentedMap, CommentedSeq
+from ruamel.yaml.error import YAMLError
+from torch import nn
+
+from .. import io
+from ..core import registry
+from ..core.recipe import ModelSettings, Recipe, Stage, TaskSettings, Train
+from ..core.task import Task
+from ..errors import InputError, LilliputError, RecipeError, UnknownName, did_you_mean
+from . import distributed
+from .execute import Job
+from .optim import optimizer_class
+from .outcome import check_condition
+from .seeds import seed_all
+
+
+def find_recipe(reference: str | Path) -> Path:
+    """The file of a recipe: a path, or the name of a shipped one.
+
+    Raises:
+        UnknownName: it is neither.
+    """
+    path = Path(reference)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        if not path.is_file():
+            raise RecipeError(f"there is no recipe file {path}.")
+        return path
+    found = registry.find("recipe", str(reference)).path
+    assert found is not None  # noqa: S101 - recipes are files
+    return found
+
+
+def load_recipe(reference: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        reference: a file, or the name of a shipped recipe.
+        overrides: dotted ``key=value`` pairs, for example ``stages.0.train.epochs=3``.
+
+    Raises:
+        RecipeError: the file cannot be read, or a value is wrong: with file, line and place.
+    """
+    path = find_recipe(reference)
+    content = _read_yaml(path)
+    for override in overrides:
+        _override(content, override)
+    content.setdefault("name", path.stem)
+    return validate(content, path.name)
+
+
+def validate(content: Any, where: str = "recipe") -> Recipe:
+    """Check a recipe's content, names of optimizers and conditions included.
+
+    Raises:
+        RecipeError: the first thing that is wrong, with its place.
+    """
+    try:
+        recipe = Recipe.model_validate(content)
+    except pydantic.ValidationError as error:
+        raise RecipeError(_explain(error, content, where)) from error
+    for number, stage in enumerate(recipe.stages):
+        try:
+            optimizer_class(stage.train.optimizer)
+        except UnknownName as error:
+            place = ("stages", number, "train", "optimizer")
+            raise RecipeError(f"{_line(content, place, where)} {_dotted(place)}: {error}") from error
+    for name, condition in recipe.expect.items():
+        check_condition(name, condition)
+    return recipe
+
+
+def build_job(recipe: Recipe) -> Job:
+    """Build a recipe's model and tasks.
+
+    The network is initialized from the recipe's seed, so the same recipe starts from the same weights.
+    """
+    seed_all(recipe.seed, "model", deterministic=recipe.deterministic)
+    tasks = {n: _build_stage_task(s) for n, s in enumerate(recipe.stages) if s.task is not None}
+    return Job(
+        model=build_model(recipe.model),
+        task=build_task(recipe.task),
+        stages=recipe.stages,
+        description=recipe.model_dump(mode="json", exclude_none=True),
+        seed=recipe.seed,
+        device=distributed.device_of(recipe.device),
+        deterministic=recipe.deterministic,
+        artifact=recipe.artifact,
+        expect=recipe.expect,
+        stage_tasks=tasks,
+        build=build_network,
+    )
+
+
+def build_model(settings: ModelSettings) -> nn.Module:
+    """Build the network that a recipe names, and fill it with weights where it says so."""
+    if settings.architecture is not None:
+        make = registry.load("architecture", settings.architecture)
+    else:
+        make = registry.import_object(settings.build or "")
+    try:
+        model = make(**settings.arguments)
+    except TypeError as error:
+        named = settings.architecture or settings.build
+        raise InputError(f"{named} cannot be built with {settings.arguments}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{settings.build} returned {type(model).__name__}, not a torch module.")
+    return io.load_weights(model, settings.weights) if settings.weights else model
+
+
+def build_network(reference: Any) -> nn.Module:
+    """A network from a reference in a method's settings: an artifact's path, or a model's settings."""
+    if isinstance(reference, str) and Path(reference).exists():
+        return io.load(reference)
+    if isinstance(reference, str):
+        raise InputError(f"there is no file {reference!r} to load a network from.")
+    return build_model(ModelSettings.model_validate(_widened_model(reference)))
+
+
+def build_task(settings: TaskSettings) -> Task:
+    """Build the task that a recipe names."""
+    if ":" in settings.name:
+        make = registry.import_object(settings.name)
+    else:
+        make = registry.load("task", settings.name)
+    try:
+        task = make(**settings.arguments)
+    except TypeError as error:
+        raise InputError(f"the task {settings.name} cannot be built: {error}") from error
+    if not isinstance(task, Task):
+        raise InputError(f"{settings.name} returned {type(task).__name__}, not a lilliput.Task.")
+    return task
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML, without what is left at its default."""
+    out = text_io.StringIO()
+    yaml = YAML()
+    yaml.width = 100
+    yaml.dump(recipe.model_dump(mode="json", exclude_defaults=True) | {"version": 1}, out)
+    return out.getvalue()
+
+
+def _build_stage_task(stage: Stage) -> Task:
+    if isinstance(stage.task, Task):
+        return stage.task
+    settings = {"name": stage.task} if isinstance(stage.task, str) else stage.task
+    return build_task(TaskSettings.model_validate(settings))
+
+
+def _widened_model(reference: Any) -> Any:
+    own = ModelSettings.model_fields
+    if not isinstance(reference, dict) or "arguments" in reference:
+        return reference
+    known = {k: v for k, v in reference.items() if k in own}
+    return {**known, "arguments": {k: v for k, v in reference.items() if k not in own}}
+
+
+def _read_yaml(path: Path) -> CommentedMap:
+    try:
+        content = YAML().load(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, CommentedMap):
+        raise RecipeError(f"{path} should hold a mapping with the keys task, model and stages.")
+    return content
+
+
+def _override(content: Any, override: str) -> None:
+    """Set one dotted key; the value is read as YAML."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"the override {override!r} should have the form key=value.")
+    value = YAML(typ="safe").load(text)
+    *path, last = key.split(".")
+    node: Any = content
+    for part in path:
+        node = _descend(node, part, override)
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise RecipeError(f"the override {override!r} leads into {node!r}, which has no keys.")
+
+
+def _descend(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, override)]
+    if not isinstance(node, dict):
+        raise RecipeError(f"the override {override!r} leads into {node!r}, which has no keys.")
+    if isinstance(node.get(part), str):  # task: digits, and then task.batch_size=64
+        key = {"task": "name", "model": "architecture"}.get(part)
+        node[part] = CommentedMap({key: node[part]}) if key else node[part]
+    return node.setdefault(part, CommentedMap())
+
+
+def _index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise RecipeError(f"the override {override!r}: {part!r} is not one of 0 to {len(node) - 1}.")
+    return int(part)
+
+
+def _explain(error: pydantic.ValidationError, content: Any, where: str) -> str:
+    lines = []
+    for detail in error.errors():
+        place = tuple(detail["loc"])
+        message = _message(detail, place)
+        inner = (detail.get("ctx") or {}).get("error")
+        if isinstance(inner, LilliputError):
+            message = str(inner)
+        lines.append(f"{_line(content, place, where)} {_dotted(place)}: {message}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _message(detail: Any, place: tuple[int | str, ...]) -> str:
+    if detail["type"] == "extra_forbidden":
+        return f"unknown.{did_you_mean(str(place[-1]), _siblings(place))}"
+    if detail["type"] == "missing":
+        return "missing."
+    text = detail["msg"].removeprefix("Value error, ")
+    given = detail.get("input")
+    shown = f" It is {given!r}." if isinstance(given, int | float | str | bool) else ""
+    return f"{text[0].lower()}{text[1:]}.{shown}"
+
+
+def _siblings(place: tuple[int | str, ...]) -> list[str]:
+    """The keys that are known beside an unknown one."""
+    inside = [p for p in place[:-1] if isinstance(p, str)]
+    if "train" in inside:
+        return list(Train.model_fields)
+    if inside and inside[-1] in _method_names():
+        return list(registry.load("method", inside[-1]).model_fields)
+    if inside[:1] == ["stages"]:
+        return list(Stage.model_fields)
+    named = {"task": TaskSettings, "model": ModelSettings}
+    if inside and inside[0] in Recipe.model_fields:
+        annotation = named.get(inside[0]) or Recipe.model_fields[inside[0]].annotation
+        return list(getattr(annotation, "model_fields", {}))
+    return list(Recipe.model_fields)
+
+
+def _method_names() -> list[str]:
+    return list(registry.entries("method"))
+
+
+def _line(content: Any, place: tuple[int | str, ...], where: str) -> str:
+    """``file:line`` of the deepest part of the place that the file has."""
+    line, node = None, content
+    for part in place:
+        if isinstance(node, CommentedMap) and part in node:
+            line = node.lc.key(part)[0] if part in node.lc.data else line
+            node = node[part]
+        elif isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
+            line = node.lc.item(part)[0]
+            node = node[part]
+    return where if line is None else f"{where}:{line + 1}"
+
+
+def _dotted(place: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, place)) or "recipe"

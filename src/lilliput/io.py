@@ -1,0 +1,192 @@
+"""Models to artifacts and back.
+
+The surprising rule: a file names an architecture, never code. ``load`` builds registered architectures by
+name; a network of any other class needs ``model=``, an instance that the file's tensors then fill.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from . import artifact
+from .artifact import BFloat16, Coded
+from .core import registry
+from .core.recipe import ArtifactSettings
+from .core.select import weights
+from .errors import InputError, ModelMismatch, UnsupportedArtifact
+from .measure import effective_state
+from .mechanisms.encodings import Codebook, encoding_of, original_of
+
+Path_ = str | PathLike[str]
+
+
+def save(
+    model: nn.Module,
+    path: Path_,
+    *,
+    settings: ArtifactSettings | None = None,
+    recipe: dict[str, Any] | None = None,
+    figures: dict[str, Any] | None = None,
+) -> None:
+    """Write a model, encodings and all, as a compressed file.
+
+    Args:
+        model: any module; one that a registered architecture built can be loaded without ``model=``.
+        path: of the file; replaced whole or not at all.
+        settings: codec, float type and profile.
+        recipe: what made the model, for the record.
+        figures: what was measured on it, for the record.
+
+    Example:
+        >>> import tempfile, lilliput
+        >>> net = lilliput.build("lenet_300_100")
+        >>> file = tempfile.mkdtemp() + "/net.safetensors"
+        >>> lilliput.save(net, file)
+        >>> lilliput.load(file).fc1.weight.equal(net.fc1.weight)
+        True
+    """
+    settings = settings or ArtifactSettings()
+    artifact.write(
+        path,
+        parts(model),
+        structure=getattr(model, "lilliput_origin", {}),
+        recipe=recipe or {},
+        figures=figures or {},
+        codec=settings.codec,
+        floats=settings.floats,
+        profile=settings.profile,
+    )
+
+
+def load(path: Path_, *, model: nn.Module | None = None, max_bytes: int | None = None) -> nn.Module:
+    """Read a compressed file as a runnable model, in eval mode.
+
+    Args:
+        path: the file.
+        model: an instance to fill, where the file names no registered architecture.
+        max_bytes: refuse a file whose decoded tensors are larger; by default 8 GiB.
+
+    Raises:
+        ArtifactError: the file is damaged, foreign, or too large.
+        ModelMismatch: its tensors do not fit the model.
+        InputError: it names no architecture and no model was given.
+    """
+    limit = {} if max_bytes is None else {"max_bytes": max_bytes}
+    with artifact.open(path, **limit) as file:
+        target = model if model is not None else _build(file.structure, path)
+        state = {name: _to_torch(file, name) for name in file.names()}
+    _fill(target, state, path)
+    return target.eval()
+
+
+def parts(model: nn.Module) -> dict[str, np.ndarray | Coded | BFloat16]:
+    """The effective tensors of a model as the artifact stores them, codes where there are any."""
+    coded = {}
+    for weight in weights(model):
+        codebook = encoding_of(weight, Codebook)
+        if codebook is not None:
+            coded[weight.name] = _coded(codebook, original_of(weight), weight.value)
+    return {
+        name: coded.get(name) or _to_numpy(tensor) for name, tensor in effective_state(model).items()
+    }
+
+
+def _coded(codebook: Codebook, centroids: Tensor, value: Tensor) -> Coded:
+    codes, table = codebook.table(centroids.detach())
+    if bool(((value == 0) & (table[codes.long()] != 0)).any()):  # a mask lies around the codebook
+        codes, table = torch.where(value == 0, 0, codebook.codes), torch.cat([table.new_zeros(1), centroids.detach()])
+    narrow = np.uint8 if len(table) <= 256 else np.uint16
+    return Coded(codes.cpu().numpy().astype(narrow), table.float().cpu().numpy())
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray | BFloat16:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return BFloat16(tensor.view(torch.int16).numpy().view(np.uint16))
+    return tensor.numpy()
+
+
+def _to_torch(file: artifact.Artifact, name: str) -> Tensor:
+    values = file.dense(name)
+    if file.info(name).dtype == "BF16":
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
+
+
+def _build(structure: dict[str, Any], path: Path_) -> nn.Module:
+    if "architecture" not in structure:
+        raise InputError(
+            f"{path} does not say which network it holds, since that was not built by a registered "
+            "architecture: give an instance to fill, load(path, model=YourNetwork())."
+        )
+    model: nn.Module = registry.load("architecture", structure["architecture"])(**structure["arguments"])
+    return model
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], path: Path_) -> None:
+    """Load a state, after checking all of it, so that a model is filled whole or not at all."""
+    own = model.state_dict()
+    missing, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or foreign:
+        raise ModelMismatch(
+            f"{path} does not fit {type(model).__name__}: "
+            + "; ".join(
+                f"{what} {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+                for what, names in (("the file lacks", missing), ("the model lacks", foreign))
+                if names
+            )
+            + "."
+        )
+    for name, tensor in state.items():
+        if own[name].shape != tensor.shape:
+            raise ModelMismatch(
+                f"{path} does not fit {type(model).__name__}: {name} has the shape "
+                f"{tuple(tensor.shape)} in the file and {tuple(own[name].shape)} in the model."
+            )
+    model.load_state_dict(state)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of an artifact, or of any other safetensors file."""
+    try:
+        with artifact.open(path) as file:
+            return {name: _to_torch(file, name) for name in file.names()}
+    except UnsupportedArtifact:
+        return safetensors.torch.load_file(path)
+
+
+def load_weights(model: nn.Module, path: Path_) -> nn.Module:
+    """Fill a model from a user's checkpoint: an artifact, safetensors, or ``torch.save``'s form.
+
+    The last is read with ``weights_only=True``; a ``state_dict`` inside it is found, and the prefix
+    ``module.`` that data-parallel training leaves is taken off.
+
+    Raises:
+        InputError: there is no such file, or it cannot be read safely.
+        ModelMismatch: its tensors do not fit the model.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"there is no file {path} to take weights from.")
+    if path.suffix == ".safetensors":
+        _fill(model, _read_safetensors(path), path)
+        return model
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be read safely ({type(error).__name__}: {error}). Save only the weights, "
+            "torch.save(model.state_dict(), path), or a .safetensors file."
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path} holds no state_dict.")
+    _fill(model, {k.removeprefix("module."): v for k, v in state.items()}, path)
+    return model

@@ -1,0 +1,1 @@
+"""Building blocks that methods share, and that know nothing of recipes, runs or training loops."""

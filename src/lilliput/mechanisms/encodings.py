@@ -1,0 +1,293 @@
+"""How a weight is stored while it trains: mask, codebook.
+
+An encoding is a torch parametrization: the layer keeps its attribute ``weight``, every other part of
+torch sees an ordinary tensor, and what trains is the encoding's original. Encodings stack: whatever
+defines the values (a codebook) lies inside, masks lie outside, so that a zero stays a zero.
+
+The surprising rule: a hard mask does not multiply in the forward pass while the weight itself is what
+trains. The zeros are *stored*, and :func:`reapply` restores them after each optimizer step, which is
+what makes them survive momentum and weight decay.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..core.select import Weight, weights
+from ..errors import UnknownName
+
+E = TypeVar("E", bound="Encoding")
+
+
+class Encoding(nn.Module):
+    """Base of the encodings.
+
+    Class attributes:
+        kind: its name in checkpoints.
+        depth: encodings with smaller numbers lie further inside the stack.
+    """
+
+    kind: ClassVar[str]
+    depth: ClassVar[int] = 0
+    innermost: bool = True  # kept by `encode`: the stored tensor lies directly inside
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the buffers to build this encoding again."""
+        return {}
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """What trains, computed from the value that the weight has now; called by torch."""
+        return value
+
+
+class Mask(Encoding):
+    """Which weights live.
+
+    Policies: ``"hard"`` stores zeros, see the module's docstring; ``"straight_through"`` keeps the
+    value of a pruned weight and gives it the dense gradient at the masked weight, so that it can
+    return (``w + (w*m - w).detach()``).
+
+    Args:
+        mask: bool, in the weight's shape; True lives.
+        policy: see above.
+    """
+
+    kind = "mask"
+    depth = 10
+    mask: Tensor
+
+    def __init__(self, mask: Tensor, policy: str = "hard") -> None:
+        super().__init__()
+        if policy not in ("hard", "straight_through"):
+            raise UnknownName("mask policy", policy, ("hard", "straight_through"))
+        self.register_buffer("mask", mask.bool())
+        self.policy = policy
+        self._factor: Tensor | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """The policy."""
+        return {"policy": self.policy}
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """The weight with its zeros stored, or untouched where pruned weights may return."""
+        return value * self.mask if self.policy == "hard" else value
+
+    def update(self, mask: Tensor) -> None:
+        """Replace the mask; a hard mask is stored at the next :func:`reapply`."""
+        self.mask.copy_(mask)
+        self._factor = None
+
+    def factor(self, like: Tensor) -> Tensor:
+        """The mask as numbers of the weight's type, which multiply faster than booleans."""
+        known = self._factor
+        if known is None or known.device != like.device or known.dtype != like.dtype:
+            known = self._factor = self.mask.to(like)
+        return known
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The effective weight."""
+        if self.policy == "straight_through":
+            return value + (value * self.factor(value) - value).detach()
+        return value if self.innermost else value * self.factor(value)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._factor = None
+
+
+class _Lookup(torch.autograd.Function):
+    """``codebook[codes]``, whose gradient sums over the members of each cluster.
+
+    Deep Compression, equation 3: dL/dC_k is the sum of dL/dW_ij over all ij with I_ij = k.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, centroids: Tensor, codes: Tensor, places: Tensor | None, shape: torch.Size
+    ) -> Tensor:
+        ctx.save_for_backward(codes, places)
+        ctx.clusters = centroids.numel()
+        values = centroids.index_select(0, codes)
+        if places is not None:
+            values = values.new_zeros(shape.numel()).index_copy_(0, places, values)
+        return values.view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        codes, places = ctx.saved_tensors
+        grad = grads[0].reshape(-1)
+        if places is not None:
+            grad = grad.index_select(0, places)
+        return grad.new_zeros(ctx.clusters).index_add_(0, codes, grad), None, None, None
+
+
+class Codebook(Encoding):
+    """Shared values: the centroids train, the assignment of weights to them is frozen.
+
+    Code 0 is the zero that pruning left; it has no centroid and stays exactly zero. Code ``k`` is
+    centroid ``k - 1``.
+
+    Args:
+        codes: integers in the weight's shape, 0 to the number of centroids.
+        centroids: float, shape ``(clusters,)``; where training starts.
+    """
+
+    kind = "codebook"
+    codes: Tensor
+
+    def __init__(self, codes: Tensor, centroids: Tensor) -> None:
+        super().__init__()
+        self.register_buffer(
+            "codes", codes.to(torch.uint8 if len(centroids) < 256 else torch.int32)
+        )
+        self._start = centroids.detach().clone()
+        self._members: tuple[Tensor, Tensor | None] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """How many centroids there are."""
+        return {"clusters": len(self._start)}
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """The centroids are what trains."""
+        return self._start.to(value)
+
+    def members(self) -> tuple[Tensor, Tensor | None]:
+        """Centroid number of each non-zero weight and its place; places None where none is zero."""
+        if self._members is None or self._members[0].device != self.codes.device:
+            flat = self.codes.reshape(-1)
+            places = flat.nonzero().view(-1)
+            dense = len(places) == flat.numel()
+            self._members = (
+                (flat if dense else flat[places]).long() - 1,
+                None if dense else places,
+            )
+        return self._members
+
+    def forward(self, centroids: Tensor) -> Tensor:
+        """The effective weight."""
+        weight: Tensor = _Lookup.apply(centroids, *self.members(), self.codes.shape)
+        return weight
+
+    def table(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes in the weight's shape, and the value of each code; the zero has one where it occurs."""
+        if self.members()[1] is None:
+            return self.codes - 1, centroids
+        return self.codes, torch.cat([centroids.new_zeros(1), centroids])
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._members = None
+
+
+KINDS: dict[str, type[Encoding]] = {cls.kind: cls for cls in (Mask, Codebook)}
+
+
+def encode(weight: Weight, encoding: Encoding) -> None:
+    """Put an encoding on a weight, at its place in the stack; one of the same kind is replaced."""
+    kept = [e for e in weight.encodings() if e.kind != encoding.kind]
+    stack = sorted([*kept, encoding], key=lambda e: e.depth)
+    strip(weight)
+    _own_class(weight.module)
+    for inner in stack:
+        inner.innermost = inner is stack[0]
+        parametrize.register_parametrization(weight.module, weight.tensor, inner, unsafe=True)
+    if isinstance(weight.module, nn.RNNBase):
+        _refresh_before_forward(weight.module)
+
+
+def strip(weight: Weight) -> None:
+    """Take all encodings off; the effective value becomes an ordinary parameter again."""
+    if parametrize.is_parametrized(weight.module, weight.tensor):
+        _own_class(weight.module)
+        parametrize.remove_parametrizations(weight.module, weight.tensor, leave_parametrized=True)
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """Take all encodings off the model, in place; its outputs stay the same, bit for bit."""
+    for weight in list(weights(model)):
+        strip(weight)
+    return model
+
+
+def encoding_of(weight: Weight, kind: type[E]) -> E | None:
+    """The weight's encoding of one kind, if it has one."""
+    return next((e for e in weight.encodings() if isinstance(e, kind)), None)
+
+
+def original_of(weight: Weight) -> Tensor:
+    """What trains: the innermost encoding's original, or the weight itself."""
+    if parametrize.is_parametrized(weight.module, weight.tensor):
+        stacks: Any = weight.module.parametrizations
+        original: Tensor = stacks[weight.tensor].original
+        return original
+    return weight.value
+
+
+def stored_masks(model: nn.Module) -> list[tuple[Tensor, Mask]]:
+    """The weights whose zeros are stored, with their masks: what :func:`reapply` keeps at zero."""
+    return [
+        (original_of(weight), encoding)
+        for weight in weights(model)
+        for encoding in weight.encodings()
+        if isinstance(encoding, Mask) and encoding.policy == "hard" and encoding.innermost
+    ]
+
+
+@torch.no_grad()
+def reapply(stored: list[tuple[Tensor, Mask]]) -> None:
+    """Store the zeros again, after an optimizer has moved the weights."""
+    if stored:
+        torch._foreach_mul_([w for w, _ in stored], [m.factor(w) for w, m in stored])
+
+
+def describe(model: nn.Module) -> dict[str, list[dict[str, Any]]]:
+    """The encodings of each encoded weight, innermost first, as plain JSON values."""
+    return {
+        weight.name: [{"kind": e.kind, **e.settings()} for e in weight.encodings()]
+        for weight in weights(model)
+        if weight.encodings()
+    }
+
+
+def rebuild(model: nn.Module, description: dict[str, list[dict[str, Any]]]) -> None:
+    """Put on the encodings of :func:`describe`, empty; ``load_state_dict`` then fills them."""
+    for weight in list(weights(model)):
+        for entry in description.get(weight.name, []):
+            encode(weight, _empty(weight, dict(entry)))
+
+
+def _empty(weight: Weight, settings: dict[str, Any]) -> Encoding:
+    kind, like = settings.pop("kind"), weight.value
+    if kind == "mask":
+        return Mask(torch.ones_like(like, dtype=torch.bool), **settings)
+    if kind == "codebook":
+        return Codebook(
+            torch.ones_like(like, dtype=torch.int32), like.new_zeros(settings["clusters"])
+        )
+    raise UnknownName("encoding", kind, KINDS)
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own.
+
+    Torch puts the encoded attributes into a class that deep copies of the module share, so that
+    taking an encoding off a copy would break the original.
+    """
+    if parametrize.is_parametrized(module):
+        shared = type(module)
+        members = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+        module.__class__ = type(shared.__name__, shared.__bases__, members)
+
+
+def _refresh_before_forward(module: nn.RNNBase) -> None:
+    """Recurrent layers keep a private list of their weights: let it follow the encodings."""
+    if _refresh not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_refresh)
+
+
+def _refresh(module: Any, inputs: Any) -> None:
+    module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]

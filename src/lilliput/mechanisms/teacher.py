@@ -1,0 +1,165 @@
+"""Where target outputs come from: networks that run along, or a file of their outputs.
+
+A source answers with the logits of all its members, shape ``(members, batch, ...)``, for the batch of
+the run. Teachers run in eval mode under ``no_grad`` (not ``inference_mode``, whose outputs a loss
+cannot save), and :meth:`Live.check` fails if one of their parameters or buffers has moved.
+
+The surprising rule: a cache is keyed by what the samples *contain*. Each cached row carries a
+fingerprint of its input, so an augmented or exchanged sample is refused instead of being paired
+silently with the outputs of another one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..core.digests import weights_digest
+from ..core.task import call, move, read
+from ..core.types import Batch
+from ..errors import InputError, ModelMismatch
+
+
+class Source(Protocol):
+    """Anything that knows the target outputs of a batch."""
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """Logits, shape ``(members, batch, ...)``."""
+
+    def check(self) -> None:
+        """Raise if the source is not what it was."""
+
+
+class Live:
+    """Teachers that run beside the student.
+
+    Args:
+        networks: frozen and put into eval mode here, so hand over copies of what still trains.
+        device: where they run.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], device: torch.device) -> None:
+        self.networks = [n.eval().requires_grad_(False).to(device) for n in networks]
+        self._versions = self._state_versions()
+
+    @torch.no_grad()
+    def outputs(self, batch: Batch) -> Tensor:
+        """Logits of each member."""
+        members = [call(network, batch.inputs) for network in self.networks]
+        return members[0].unsqueeze(0) if len(members) == 1 else torch.stack(members)
+
+    def check(self) -> None:
+        """Raise ModelMismatch if a parameter or buffer of a teacher was written to."""
+        if self._versions != self._state_versions():
+            raise ModelMismatch(
+                "the teacher changed while it taught: one of its parameters or buffers was written "
+                "to. Does the student share modules with it? Give the method a deep copy."
+            )
+
+    def _state_versions(self) -> list[int]:
+        return [t._version for n in self.networks for t in (*n.parameters(), *n.buffers())]
+
+
+class Cached:
+    """The outputs of teachers for all training samples, in one memory-mapped fp16 file.
+
+    Args:
+        path: the file; made on first use, and made anew when the teachers' weights have changed.
+        teachers: who is asked.
+        batches: the training batches; they must carry sample numbers and be free of random
+            augmentation.
+        device: where the teachers run and the outputs are wanted.
+    """
+
+    def __init__(
+        self, path: Path, teachers: Live, batches: Iterable[Any], device: torch.device
+    ) -> None:
+        if getattr(batches, "augmented", False):
+            raise InputError(
+                "a cached teacher cannot follow random augmentation: each epoch shows other images "
+                "than those whose outputs were cached. Switch the augmentation or the cache off."
+            )
+        key = weights_digest(*teachers.networks)
+        if _stored_key(path) != key:
+            _record(path, key, teachers, batches, device)
+        with np.load(_index_of(path), allow_pickle=False) as index:
+            shape, self._prints = tuple(index["shape"]), index["prints"]
+        self._rows = np.memmap(path, dtype=np.float16, mode="r", shape=shape)
+        self._device = device
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """Logits of each member, read from the file."""
+        numbers = _numbers(batch)
+        first = int(numbers[0])
+        now = float(_prints(batch.inputs, samples=1)[0])
+        if first >= len(self._prints) or not np.isclose(now, self._prints[first], 1e-3, 1e-3):
+            raise InputError(
+                f"training sample {first} is not the one whose teacher outputs were cached: the data "
+                "or its transform changed, or it is augmented at random. Switch the cache off, or "
+                "delete its file to have it made anew."
+            )
+        rows = torch.from_numpy(self._rows[numbers.numpy()])
+        return rows.to(self._device, torch.float32).movedim(1, 0)
+
+    def check(self) -> None:
+        """A file that is only read does not move."""
+
+
+def _record(
+    path: Path, key: str, teachers: Live, batches: Iterable[Any], device: torch.device
+) -> None:
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for item in read(batches, "the training batches to cache"):
+        batch = move(item, device)
+        outputs = teachers.outputs(batch).movedim(0, 1).half().cpu().numpy()
+        found.append((_numbers(item).numpy(), outputs, _prints(batch.inputs).cpu().numpy()))
+    numbers, outputs, prints = (np.concatenate(part) for part in zip(*found, strict=True))
+    rows = np.zeros((numbers.max() + 1, *outputs.shape[1:]), np.float16)
+    marks = np.full(len(rows), np.nan, np.float32)
+    rows[numbers], marks[numbers] = outputs, prints
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    rows.tofile(temporary)
+    temporary.replace(path)
+    np.savez(_index_of(path), key=key, shape=rows.shape, prints=marks)
+
+
+def _index_of(path: Path) -> Path:
+    return path.with_name(path.name + ".index.npz")
+
+
+def _stored_key(path: Path) -> str:
+    if not (path.exists() and _index_of(path).exists()):
+        return ""
+    with np.load(_index_of(path), allow_pickle=False) as content:
+        return str(content["key"])
+
+
+def _numbers(batch: Batch) -> Tensor:
+    if batch.index is None:
+        raise InputError(
+            "a cached teacher needs to know which samples a batch holds: let the training batches be "
+            "(inputs, target, index) with the samples' numbers as the third part."
+        )
+    numbers: Tensor = batch.index.cpu()
+    return numbers
+
+
+def _prints(inputs: Any, samples: int | None = None) -> Tensor:
+    """One number a sample that another sample would hardly have: a fixed random projection."""
+    tensors = [t[:samples] for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    flat = torch.cat([t.reshape(len(t), -1).float() for t in tensors], dim=1)
+    return flat @ _direction(flat.shape[1], flat.device)
+
+
+@functools.lru_cache(maxsize=8)
+def _direction(width: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(20150309)
+    return (torch.randn(width, generator=generator) / width**0.5).to(device)

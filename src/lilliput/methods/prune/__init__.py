@@ -1,0 +1,1 @@
+"""Pruning: weights and channels that are not needed."""

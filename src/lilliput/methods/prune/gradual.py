@@ -1,0 +1,122 @@
+"""Gradual pruning: the sparsity rises by a cubic schedule while the network trains on.
+
+Paper: To prune, or not to prune: exploring the efficacy of pruning for model compression (Zhu, Gupta;
+ICLR Workshop 2018; arXiv 1710.01878)
+
+Equation 1: ``s_t = s_f + (s_i - s_f) * (1 - (t - t_0) / (n * dt))**3``. Every ``every`` steps the weights of
+smallest magnitude of each layer are masked so that exactly ``round(s_t * N)`` are zero; masked weights
+get no update, and training goes on between and after.
+
+Faithful: schedule, ranking within a layer, masked weights stay at zero. As an option,
+``regrow`` keeps the values of pruned weights and their dense gradients (a straight-through mask), so
+that the ranking may bring them back; the mask is then made hard at the end.
+
+The schedule itself is :class:`lilliput.core.schedule.Schedule`, which other methods use too.
+
+Cost: one selection over the weights every ``every`` steps. When not to use it: with fewer than some ten
+epochs to train, where one-shot pruning and retraining does as well.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, PrivateAttr
+from torch import Tensor
+
+from ...core.method import Method
+from ...core.registry import method
+from ...core.run import Run
+from ...core.schedule import Schedule
+from ...core.select import Weight, select
+from ...core.types import Change, Layers, PerLayer, Sparsity, resolve
+from ...mechanisms.encodings import Mask, encode, original_of, reapply, stored_masks
+from ...mechanisms.ranking import keep_largest, keep_largest_together
+from ._dead import remove_dead_connections
+from ._masking import changes, mask_of, nonzeros, put_masks, restore_zeros
+
+
+@method
+class Gradual(Method):
+    """Raise the sparsity by the cubic schedule, smallest magnitudes first.
+
+    Attributes:
+        sparsity: final fraction of zeros, exactly; for every layer or by layer pattern.
+        scope: rank within each layer as the paper does, or over all layers together.
+        layers: pattern over module names.
+        schedule: shape, begin, end, initial sparsity and distance of the updates in steps.
+        regrow: let pruned weights come back while the sparsity still rises.
+        remove_dead: cut the other connections of neurons that have lost all inputs or all outputs.
+
+    Example:
+        >>> Gradual(sparsity=0.9).schedule.amount(0.1, 0.9)
+        0.24389999999999995
+    """
+
+    family: ClassVar[str] = "prune"
+
+    sparsity: PerLayer[Sparsity]
+    scope: Literal["layer", "global"] = "layer"
+    layers: Layers = "*"
+    schedule: Schedule = Field(default_factory=lambda: Schedule(shape="cubic", end=0.75))
+    regrow: bool = False
+    remove_dead: bool = True
+
+    _stored: list[tuple[Tensor, Mask]] | None = PrivateAttr(default=None)
+
+    def attach(self, run: Run) -> None:
+        """Put masks on that let everything through."""
+        chosen = self._chosen(run)
+        self.memory(run)["before"] = {w.name: nonzeros(w.value) for w in chosen}
+        put_masks(chosen, "straight_through" if self.regrow else "hard")
+        if not run.total_steps:
+            self._prune(run, 1.0)
+
+    def before_step(self, run: Run) -> None:
+        """Follow the schedule."""
+        if self.schedule.due(run.step, run.total_steps) and not self.settled(run):
+            self._prune(run, run.progress)
+            self.memory(run)["settled"] = run.progress >= self.schedule.end
+
+    def after_step(self, run: Run) -> None:
+        """Momentum and weight decay have moved the zeros: store them again."""
+        if self._stored is None:
+            self._stored = stored_masks(run.model)
+        reapply(self._stored)
+
+    def settled(self, run: Run) -> bool:
+        """Whether the final sparsity is reached."""
+        return bool(self.memory(run).get("settled"))
+
+    def finish(self, run: Run) -> list[Change]:
+        """Reach the final sparsity, make the masks hard, cut dead neurons."""
+        chosen = self._chosen(run)
+        if not self.settled(run):
+            self._prune(run, 1.0)
+        for weight in chosen:
+            if mask_of(weight).policy != "hard":
+                encode(weight, Mask(mask_of(weight).mask.clone()))
+        if self.remove_dead:
+            remove_dead_connections(run, chosen)
+        return changes(self.method_name(), chosen, self.memory(run)["before"], lambda w: "")
+
+    def _chosen(self, run: Run) -> list[Weight]:
+        found = select(run.model, self.layers, by=self.method_name())
+        return [w for w in found if resolve(self.sparsity, w.layer) is not None]
+
+    def _prune(self, run: Run, progress: float) -> None:
+        chosen = self._chosen(run)
+        # What trains keeps the values of pruned weights when they may return.
+        scores = [original_of(w).detach().abs() for w in chosen]
+        for weight, mask in zip(chosen, self._masks(chosen, scores, progress), strict=True):
+            mask_of(weight).update(mask)
+        restore_zeros(run)
+
+    def _masks(self, chosen: list[Weight], scores: list[Tensor], progress: float) -> list[Tensor]:
+        if self.scope == "global" and not isinstance(self.sparsity, dict):
+            return keep_largest_together(scores, self.schedule.amount(progress, self.sparsity))
+        finals = [resolve(self.sparsity, w.layer) or 0.0 for w in chosen]
+        return [
+            keep_largest(s, self.schedule.amount(progress, final))
+            for s, final in zip(scores, finals, strict=True)
+        ]

@@ -1,0 +1,189 @@
+"""Magnitude pruning: weights near zero go, the others learn to do without them.
+
+Paper: Learning both Weights and Connections for Efficient Neural Networks (Han, Pool, Tran, Dally;
+NIPS 2015; arXiv 1506.02626)
+
+The paper's threshold is a quality factor times the standard deviation of the layer's dense weights,
+``|w| < q * std(W)``; retraining goes on from the kept values, and prune and retrain alternate with
+growing q. Here ``threshold`` is q, and ``rounds`` is how often a stage prunes: round r of n uses
+``q * r / n``. ``sparsity`` states the exact fraction of zeros instead, per layer or over all layers
+together. A pruned weight never returns.
+
+Dropout is weakened with the connections, ``D_r = D_o * sqrt(C_r / C_o)`` (equation 2), and neurons left
+without an input or without an output lose their other connections too; a constant that such a neuron
+still sends is folded into the next bias.
+
+Faithful: threshold, masks, retraining, dropout, dead neurons. Differs: the paper folds no constants, it
+lets retraining with weight decay drive them to zero. Freezing the convolutions while the linear layers
+retrain, as the paper does, is the stage's ``train.trainable``.
+
+Cost: one selection over the weights a round. When not to use it: zeros in a dense layer make a file
+smaller, not an inference faster; for speed remove whole channels.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor, nn
+
+from ...core.method import Method
+from ...core.registry import method
+from ...core.run import Run
+from ...core.select import Weight, select
+from ...core.types import Change, Layers, PerLayer, Positive, Sparsity, resolve
+from ...errors import InputError
+from ...mechanisms.encodings import Mask, reapply, stored_masks
+from ...mechanisms.ranking import keep_largest, keep_largest_together
+from ._dead import remove_dead_connections
+from ._masking import changes, mask_of, nonzeros, put_masks, restore_zeros
+
+
+def above_threshold(weight: Tensor, quality: float, deviation: float) -> Tensor:
+    """Which weights survive ``|w| >= quality * deviation``."""
+    return weight.abs() >= quality * deviation
+
+
+def corrected_dropout(rate: float, kept: int, total: int) -> float:
+    """Equation 2: the dropout rate for a layer that kept ``kept`` of ``total`` connections.
+
+    Example:
+        >>> corrected_dropout(0.5, 25, 100)
+        0.25
+    """
+    return rate * float(kept / total) ** 0.5
+
+
+@method
+class Magnitude(Method):
+    """Prune the weights of smallest magnitude and keep them at zero while the rest retrains.
+
+    Attributes:
+        sparsity: fraction of zeros, exactly; for every layer or by layer pattern. A layer that no
+            pattern covers stays dense.
+        threshold: quality factor q, in standard deviations of the dense layer; instead of sparsity.
+        scope: rank the weights of each layer by themselves, or of all layers together (sparsity only).
+        layers: pattern over module names.
+        rounds: how often the stage prunes, at even distances, each time retraining afterwards.
+        correct_dropout: weaken the dropout that follows a pruned layer.
+        remove_dead: cut the other connections of neurons that have lost all inputs or all outputs.
+
+    Example:
+        >>> Magnitude(sparsity={"conv*": 0.5, "fc*": 0.9}, rounds=3).scope
+        'layer'
+    """
+
+    family: ClassVar[str] = "prune"
+
+    sparsity: PerLayer[Sparsity] | None = None
+    threshold: PerLayer[Positive] | None = None
+    scope: Literal["layer", "global"] = "layer"
+    layers: Layers = "*"
+    rounds: Annotated[int, Field(ge=1)] = 1
+    correct_dropout: bool = True
+    remove_dead: bool = True
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Magnitude:
+        if (self.sparsity is None) == (self.threshold is None):
+            raise ValueError("give either sparsity or threshold, and not both")
+        if self.scope == "global" and not isinstance(self.sparsity, float):
+            raise ValueError("scope: global ranks all layers together: give one sparsity for all")
+        return self
+
+    _stored: list[tuple[Tensor, Mask]] | None = PrivateAttr(default=None)
+
+    def attach(self, run: Run) -> None:
+        """Put the masks on, and prune for the first time."""
+        chosen = self._chosen(run)
+        memory = self.memory(run)
+        memory["before"] = {w.name: nonzeros(w.value) for w in chosen}
+        memory["deviation"] = {w.name: float(w.value.std()) for w in chosen}
+        memory["dropout"] = dict(_dropouts(run.model))
+        memory["round"] = 0
+        put_masks(chosen, "hard")
+        self._prune_if_due(run)
+
+    def before_step(self, run: Run) -> None:
+        """Prune again when the next round begins."""
+        self._prune_if_due(run)
+
+    def after_step(self, run: Run) -> None:
+        """Momentum and weight decay have moved the zeros: store them again."""
+        if self._stored is None:
+            self._stored = stored_masks(run.model)
+        reapply(self._stored)
+
+    def settled(self, run: Run) -> bool:
+        """Whether the last round has pruned."""
+        return bool(self.memory(run)["round"] == self.rounds)
+
+    def finish(self, run: Run) -> list[Change]:
+        """Cut dead neurons; report the zeros of every layer and the dropout rates that changed."""
+        chosen, memory = self._chosen(run), self.memory(run)
+        if self.remove_dead:
+            remove_dead_connections(run, chosen)
+        found = changes(self.method_name(), chosen, memory["before"], lambda w: "")
+        for name, before in memory["dropout"].items():
+            now = run.model.get_submodule(name).p
+            if now != before:
+                found.append(Change(name, "dropout rate", before, now, self.method_name()))
+        return found
+
+    def _chosen(self, run: Run) -> list[Weight]:
+        found = select(run.model, self.layers, by=self.method_name())
+        amounts = self.sparsity if self.threshold is None else self.threshold
+        chosen = [w for w in found if resolve(amounts, w.layer) is not None]
+        if not chosen:
+            raise InputError(
+                f"{self.method_name()}: no pattern of {amounts} covers one of the layers "
+                f"{', '.join(w.layer for w in found)}."
+            )
+        return chosen
+
+    def _prune_if_due(self, run: Run) -> None:
+        memory = self.memory(run)
+        progress = run.progress if run.total_steps else 1.0
+        due = min(self.rounds, 1 + int(progress * self.rounds))
+        if due > memory["round"]:
+            self._prune(run, due / self.rounds)
+            memory["round"] = due
+
+    def _prune(self, run: Run, part: float) -> None:
+        """Prune to a part of the final amount; what is already pruned stays so."""
+        chosen = self._chosen(run)
+        for weight, mask in zip(chosen, self._masks(run, chosen, part), strict=True):
+            mask_of(weight).update(mask_of(weight).mask & mask)
+        restore_zeros(run)
+        if self.correct_dropout:
+            self._weaken_dropout(run, chosen)
+
+    def _masks(self, run: Run, chosen: list[Weight], part: float) -> list[Tensor]:
+        scores = [w.value.detach().abs() for w in chosen]
+        if self.scope == "global":
+            return keep_largest_together(scores, part * float(self.sparsity))  # type: ignore[arg-type]
+        if self.threshold is None:
+            amounts = [resolve(self.sparsity, w.layer) or 0.0 for w in chosen]
+            return [keep_largest(s, part * a) for s, a in zip(scores, amounts, strict=True)]
+        deviation = self.memory(run)["deviation"]
+        return [
+            above_threshold(s, part * (resolve(self.threshold, w.layer) or 0.0), deviation[w.name])
+            for w, s in zip(chosen, scores, strict=True)
+        ]
+
+    def _weaken_dropout(self, run: Run, chosen: list[Weight]) -> None:
+        """A dropout belongs to the weight that stands before it in the model's order of modules."""
+        weights = {w.layer: w for w in chosen}
+        before = self.memory(run)["dropout"]
+        last: Weight | None = None
+        for name, module in run.model.named_modules():
+            last = weights.get(name, last)
+            if name in before and last is not None:
+                kept, total = nonzeros(last.value), last.value.numel()
+                module.p = corrected_dropout(before[name], kept, total)
+
+
+def _dropouts(model: nn.Module) -> list[tuple[str, float]]:
+    kinds = nn.modules.dropout._DropoutNd
+    return [(n, m.p) for n, m in model.named_modules() if isinstance(m, kinds)]

@@ -1,0 +1,1 @@
+"""Quantization: few values and few bits."""

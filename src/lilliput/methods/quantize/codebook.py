@@ -1,0 +1,109 @@
+"""Trained quantization: each layer's weights share a few values, and the values train.
+
+Paper: Deep Compression: Compressing Deep Neural Networks with Pruning, Trained Quantization and Huffman
+Coding (Han, Mao, Dally; ICLR 2016; arXiv 1510.00149)
+
+Per layer, one-dimensional k-means over the non-zero weights, ``min sum_k sum_{w in c_k} (w - c_k)**2``
+(equation 2), started from points spread evenly between the smallest and the largest weight (``linear``, the
+paper's best), from the quantiles (``density``) or from random weights (``random``, Forgy). Then the
+assignments are frozen and the centroids train with the summed gradients of their members (equation 3).
+
+Faithful: clustering, initializations, gradients, one code kept for the zero. Better, as the default:
+``exact`` is the global optimum of the same objective, which one-dimensional k-means allows.
+
+Cost: a sort of the layer's weights once; a lookup and a sum over the non-zeros a step. When not to use
+it: for speed; shared values make a file smaller, and the decoded layer is an ordinary dense layer.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ...core.method import Method
+from ...core.registry import method
+from ...core.run import Run
+from ...core.select import Weight, select
+from ...core.types import Bits, Change, Layers, PerLayer, resolve
+from ...errors import InputError
+from ...mechanisms import clustering
+from ...mechanisms.encodings import Codebook as Shared
+from ...mechanisms.encodings import encode, strip
+
+
+def cluster(
+    value: Tensor, bits: int, init: Literal["linear", "density", "random", "exact"], seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Codes (0 where the weight is zero, else 1 + the cluster) and centroids of a weight.
+
+    Args:
+        value: the weight, any shape.
+        bits: the codes fit into so many bits; where there are zeros, one code is theirs.
+        init: how k-means starts.
+        seed: for ``"random"``.
+
+    Returns:
+        int64 codes in the weight's shape, float32 centroids ``(clusters,)``.
+    """
+    flat = value.detach().cpu().reshape(-1)
+    places = flat.nonzero().view(-1)
+    clusters = 2**bits - (len(places) < len(flat))
+    found = clustering.kmeans(flat[places].numpy(), clusters, init=init, seed=seed)
+    codes = torch.zeros(len(flat), dtype=torch.int64)
+    codes[places] = torch.from_numpy(found.codes.astype("int64")) + 1
+    return codes.view(value.shape).to(value.device), torch.from_numpy(found.centroids).to(value.device)
+
+
+@method
+class Codebook(Method):
+    """Let the weights of each layer share ``2**bits`` values, and train the values.
+
+    Attributes:
+        bits: of one code; for every layer or by layer pattern. A layer that no pattern covers keeps
+            its weights.
+        init: how the clustering starts.
+        layers: pattern over module names.
+
+    Example:
+        >>> Codebook(bits={"conv*": 8, "fc*": 5}).init
+        'exact'
+    """
+
+    family: ClassVar[str] = "quantize"
+
+    bits: PerLayer[Bits] = 5
+    init: Literal["linear", "density", "random", "exact"] = "exact"
+    layers: Layers = "*"
+
+    def attach(self, run: Run) -> None:
+        """Cluster every layer; from now on its centroids are what trains."""
+        chosen = self._chosen(run)
+        self.memory(run)["before"] = {w.name: _distinct(w.value) for w in chosen}
+        for number, weight in enumerate(chosen):
+            if not weight.value.count_nonzero():
+                raise InputError(f"codebook: all weights of {weight.name} are zero: nothing to share.")
+            bits = resolve(self.bits, weight.layer) or 0
+            codes, centroids = cluster(weight.value, bits, self.init, seed=run.seed + number)
+            strip(weight)  # the zeros of a mask live on as code 0
+            encode(weight, Shared(codes, centroids))
+
+    def finish(self, run: Run) -> list[Change]:
+        """Report how many values each layer has now."""
+        before = self.memory(run)["before"]
+        return [
+            Change(w.name, "distinct values", before[w.name], _distinct(w.value), self.method_name())
+            for w in self._chosen(run)
+        ]
+
+    def _chosen(self, run: Run) -> list[Weight]:
+        found = select(run.model, self.layers, by=self.method_name())
+        chosen = [w for w in found if resolve(self.bits, w.layer) is not None]
+        if not chosen:
+            raise InputError(f"codebook: no pattern of bits {self.bits} covers a layer.")
+        return chosen
+
+
+def _distinct(value: Tensor) -> int:
+    return len(value.detach().unique())

@@ -1,0 +1,111 @@
+"""Batches cut from tensors that lie in memory.
+
+The rule to know: the order is fixed until :meth:`ArrayBatches.reshuffle` is called. Whoever trains
+calls it once an epoch with a new seed; without it every epoch sees the same batches.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..core.types import Batch
+from ..errors import InputError
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+Prepare = Callable[[Tensor], Tensor]
+
+
+class ArrayBatches:
+    """An iterable of batches over a data set in memory.
+
+    A batch's ``index`` numbers the samples from 0 to ``samples - 1`` in the order in which the
+    tensors hold them, on the device of the data.
+
+    Args:
+        inputs: ``(samples, ...)``.
+        target: ``(samples, ...)``, on the same device.
+        batch_size: samples a batch; the last batch may be smaller.
+        shuffle: whether the order is random; it depends on the seed of :meth:`reshuffle` only.
+        augment: random change of one batch's inputs, ``augment(inputs, generator)``; it draws from
+            the given CPU generator, so that every device sees the same draws.
+        prepare: fixed change of one batch's inputs, after ``augment``; for example the conversion
+            of bytes, which take a quarter of the memory, to normalized floats.
+        drop_last: leave out a last, smaller batch.
+
+    Raises:
+        InputError: the tensors differ in length or the batch size is below 1.
+
+    Example:
+        >>> batches = ArrayBatches(torch.eye(5), torch.arange(5), batch_size=2, shuffle=True)
+        >>> batches.reshuffle(7)
+        >>> len(batches), [len(batch.target) for batch in batches]
+        (3, [2, 2, 1])
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        target: Tensor,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        augment: Augment | None = None,
+        prepare: Prepare | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        if len(inputs) != len(target):
+            raise InputError(
+                f"{len(inputs)} inputs and {len(target)} targets do not make pairs: give one "
+                "target for each input."
+            )
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; a batch has at least 1 sample.")
+        self.inputs, self.target, self.batch_size = inputs, target, batch_size
+        self.shuffle, self.drop_last = shuffle, drop_last
+        self.augment, self.prepare = augment, prepare
+        self._seed = 0
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in the data set, those that ``drop_last`` leaves out included."""
+        return len(self.target)
+
+    @property
+    def augmented(self) -> bool:
+        """Whether the inputs of a sample differ from epoch to epoch."""
+        return self.augment is not None
+
+    def reshuffle(self, seed: int) -> None:
+        """Set order and augmentation of all iterations that follow; equal seeds, equal batches."""
+        self._seed = seed
+
+    def to(self, device: torch.device | str) -> ArrayBatches:
+        """The same batches, in the same order, with the whole data set on the device."""
+        moved = copy.copy(self)
+        moved.inputs, moved.target = self.inputs.to(device), self.target.to(device)
+        return moved
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.samples, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(self._seed)
+        order = self._order(generator)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            index = order[start : start + self.batch_size]
+            inputs = self.inputs.index_select(0, index)
+            if self.augment is not None:
+                inputs = self.augment(inputs, generator)
+            if self.prepare is not None:
+                inputs = self.prepare(inputs)
+            yield Batch(inputs, self.target.index_select(0, index), index)
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        if self.shuffle:
+            return torch.randperm(self.samples, generator=generator).to(self.target.device)
+        return torch.arange(self.samples, device=self.target.device)

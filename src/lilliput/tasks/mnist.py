@@ -1,0 +1,60 @@
+"""MNIST, handwritten digits of 28x28 pixels.
+
+Paper: Gradient-Based Learning Applied to Document Recognition (LeCun, Bottou, Bengio, Haffner;
+Proceedings of the IEEE 1998; doi 10.1109/5.726791)
+"""
+
+from __future__ import annotations
+
+from ..core.registry import task
+from ..core.task import Task
+from ._files import Remote
+from ._idx import IdxSet, idx_task
+
+
+def _remote(name: str, md5: str) -> Remote:
+    return Remote("mnist", f"https://ossci-datasets.s3.amazonaws.com/mnist/{name}.gz", md5)
+
+
+MNIST = IdxSet(
+    name="MNIST",
+    train=(
+        _remote("train-images-idx3-ubyte", "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+        _remote("train-labels-idx1-ubyte", "d53e105ee54ea40749a09fcbcd1e9432"),
+    ),
+    test=(
+        _remote("t10k-images-idx3-ubyte", "9fb629c4189551a2d022fa330f9573f3"),
+        _remote("t10k-labels-idx1-ubyte", "ec29112dd5afa0611ce80d1b7f02629c"),
+    ),
+    mean=0.1307,
+    deviation=0.3081,
+)
+
+
+@task
+def mnist(
+    batch_size: int = 128,
+    test_batch_size: int = 1000,
+    validation: int = 5000,
+    limit: int | None = None,
+    augment: bool = False,
+) -> Task:
+    """MNIST, handwritten digits, 28x28 grey, 10 classes, 60,000 + 10,000 images.
+
+    Images ``(1, 28, 28)``, scaled to [0, 1], then normalized by mean 0.1307 and standard deviation
+    0.3081 of the training pixels.
+
+    Args:
+        batch_size: training images a batch.
+        test_batch_size: images a batch of validation and test.
+        validation: training images held out for validation, always the same ones. 0 trains on all;
+            validation is then the test images and ``test`` is None, so that reports say that
+            choices saw the reported images.
+        limit: train on at most so many images.
+        augment: shift training images by up to 2 pixels in both directions.
+
+    Raises:
+        DataNotFound: the files are nowhere and cannot be downloaded.
+        InputError: a file is damaged, or the counts leave nothing to train on.
+    """
+    return idx_task(MNIST, batch_size, test_batch_size, validation, limit, augment)
