@@ -96,9 +96,9 @@ def naive_initial(values: Doubles, weights: Doubles, clusters: int, init: Init) 
     if init == "linear":
         return np.linspace(values.min(), values.max(), clusters)
     order = np.argsort(values)
-    share = np.cumsum(weights[order]) / weights.sum()
-    levels = (np.arange(clusters) + 0.5) / clusters
-    return np.unique([values[order][np.argmax(share >= level)] for level in levels])
+    count = np.cumsum(weights[order])  # multiplied out: a level that meets a whole count is exact
+    reached = [2 * clusters * count >= (2 * j + 1) * count[-1] for j in range(clusters)]
+    return np.unique([values[order][np.argmax(above)] for above in reached])
 
 
 # The exact optimum

@@ -308,7 +308,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def write_idx_set(folder: Path, train: int = 30, test: int = 10, *, packed: bool = True) -> None:
-    """A tiny data set in the form of MNIST; image i of a set has the pixel value i, label i % 10."""
+    """A tiny data set in the form of MNIST: image i has the pixel value i and the label i % 10."""
     folder.mkdir(parents=True, exist_ok=True)
     for prefix, count in (("train", train), ("t10k", test)):
         images = np.arange(count).reshape(-1, 1, 1) * np.ones((1, 28, 28))

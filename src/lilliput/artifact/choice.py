@@ -3,8 +3,8 @@
 Small tensors (one chunk) are encoded by every codec that can win, and the real bytes decide. For
 large ones the histogram first strikes out what cannot win, then three chunks (first, middle, last)
 are really encoded by the codecs that are left, and the smallest total wins: no estimate decides
-between two codecs. The histogram is a safe filter: it strikes out only what an ideal coder with
-that codec's limits would need `_MARGIN` times the best for.
+between two codecs. The histogram only strikes out a codec whose least size is above `_MARGIN` times
+the expected size of another.
 
 `deep_compression` competes for small tensors only, because it decodes more slowly than `gap`.
 """
@@ -18,7 +18,7 @@ from lilliput.artifact.bits import width_of
 from lilliput.artifact.codecs import CODECS
 from lilliput.artifact.entropy import entropy_bits
 
-_MARGIN = 1.15
+_MARGIN = 1.1
 #: Plain tensors stay readable by everyone unless coding them saves something worth it.
 _FEWEST_ZEROS = 0.1
 _FEWEST_BYTES = 256
@@ -48,21 +48,22 @@ def choose(chunks: list[NDArray[np.unsignedinteger]], counts: NDArray[np.int64],
 
 
 def _can_win(counts: NDArray[np.int64]) -> list[str]:
-    estimates = _estimates(counts)
-    limit = min(estimates.values()) * _MARGIN
-    return [name for name, bits in estimates.items() if bits <= limit]
+    expected, least = _estimates(counts)
+    limit = min(expected.values()) * _MARGIN
+    return [name for name, bits in least.items() if bits <= limit]
 
 
-def _estimates(counts: NDArray[np.int64]) -> dict[str, float]:
-    """Bits of an ideal coder under the limits of each codec, if symbols were independent."""
-    total, zeros = int(counts.sum()), int(counts[0])
-    used = int(np.flatnonzero(counts)[-1]) if total else 0
-    width = width_of(used)
-    share = next(bits for bits in (1, 2, 4, 8, 16) if bits >= width)  # see streams: fields of a byte
-    rest = total - zeros
-    where = entropy_bits(np.array([zeros, rest]))
-    return {
-        "packed": float(total * width),
-        "dense": max(entropy_bits(counts), total * share / 8),
-        "gap": max(where, rest) + max(entropy_bits(counts[1:]), rest * share / 8),
-    }
+def _estimates(counts: NDArray[np.int64]) -> tuple[dict[str, float], dict[str, float]]:
+    """Bits under the limits of each codec: if symbols are independent, and if zeros are in blocks.
+
+    In both an ideal coder of symbols is assumed, with at least one bit for each byte of a stream.
+    """
+    total, rest = int(counts.sum()), int(counts[1:].sum())
+    width = width_of(int(np.flatnonzero(counts)[-1])) if total else 0
+    share = next(bits for bits in (1, 2, 4, 8, 16) if bits >= width)  # of a byte, see streams
+    values = max(entropy_bits(counts[1:]), rest * share / 8)
+    where = entropy_bits(np.array([total - rest, rest]))
+    dense = max(entropy_bits(counts), total * share / 8)
+    packed = float(total * width)
+    expected = {"packed": packed, "dense": dense, "gap": max(where, rest) + values}
+    return expected, expected | {"gap": rest + values}

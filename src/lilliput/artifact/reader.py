@@ -39,7 +39,7 @@ from lilliput.errors import (
 MAX_BYTES = 8 << 30
 #: Bytes a weight that the decoders may take beside their result, in the worst case.
 _WORKING = 32
-_BLOCK = 1 << 15
+_BLOCK = 1 << 13
 _Lookup = Callable[[NDArray[np.unsignedinteger]], np.ndarray]
 
 
@@ -346,11 +346,10 @@ def _chunk_weights(entry: Entry, at: int) -> int:
 
 def _place(decoded: Decoded, out: np.ndarray, lookup: _Lookup) -> None:
     """Write the values of a chunk into `out`, which holds zeros."""
-    if isinstance(decoded, Sparse):
-        zero = lookup(np.zeros(1, decoded.symbols.dtype))[0]
-        if zero != 0:
-            out.fill(zero)
-        out[decoded.positions] = lookup(decoded.symbols)
-        return
-    for start in range(0, len(decoded), _BLOCK):  # blocks that stay in the cache
-        out[start : start + _BLOCK] = lookup(decoded[start : start + _BLOCK])
+    symbols = decoded.symbols if isinstance(decoded, Sparse) else decoded
+    if isinstance(decoded, Sparse) and (zero := lookup(np.zeros(1, symbols.dtype))[0]) != 0:
+        out.fill(zero)
+    for start in range(0, len(symbols), _BLOCK):  # blocks that stay in the cache
+        part = slice(start, start + _BLOCK)
+        where = decoded.positions[part] if isinstance(decoded, Sparse) else part
+        out[where] = lookup(symbols[part])

@@ -1,18 +1,21 @@
 """A stream of bytes, Huffman coded by the standard library's zlib (`Z_HUFFMAN_ONLY`, raw deflate).
 
-Matching (LZ77) finds nothing in weights, so only deflate's Huffman stage is used: 1.005 of the
-order-0 entropy, decoded at 200 MB/s. Small symbols share a byte before that (four symbols of two
-bits, say): fewer bytes to decode, and codes of less than one bit a symbol. In streams of widely
-spread bytes the low four bits are nearly random: *split* stores them as they are, and Huffman
-codes only the high four, two symbols a byte, which doubles the speed.
+Matching (LZ77) finds nothing in weights, so only deflate's Huffman stage is used: about 1.006 of
+the order-0 entropy, and inflated at 200 MB/s. Small symbols share a byte before that (four symbols
+of two bits, say): fewer bytes to inflate, and codes of less than one bit a symbol.
+
+Streams of widely spread bytes are *split*, which doubles the speed. Bytes are ranked by frequency.
+Ranks that share their high four bits are about equally frequent, so the low four bits are stored
+as they are, and only the high ones are Huffman coded, two symbols a byte.
 
 A stream of ``count`` bytes (the reader knows the count)::
 
     byte mode     8, 4, 2, 1: bits of a symbol in the deflated bytes | 0x44: split | 0: stored
     mode 0        count bytes, as they are
+    mode 0x44     256 bytes: the byte of each rank; then as follows, the symbols being high halves
     else          varint length, then that many bytes of raw deflate (RFC 1951), which inflate to
-                  exactly ceil(count * bits / 8) bytes (bits = 4 for split)
-    mode 0x44     then ceil(count / 2) bytes: the low halves, packed
+                  exactly ceil(count * bits / 8) bytes, fields of `bits` bits, first field highest
+    mode 0x44     then ceil(count / 2) bytes: the low halves, fields of 4 bits
 
 Deflated without matches a byte takes at least one bit: a reader refuses a stream that claims more
 than eight times its length, before it allocates anything.
@@ -29,6 +32,7 @@ from lilliput.errors import CorruptArtifact
 
 _STORED, _SPLIT = 0, 0x44
 _SAMPLE = 1 << 16
+_BLOCK = 1 << 15
 #: A mode with fewer bytes to inflate may be this much larger: the price of decoding twice as fast.
 _TOLERANCE = 1.0025
 
@@ -56,11 +60,16 @@ def _modes(data: NDArray[np.uint8]) -> list[int]:
 def _encode(data: NDArray[np.uint8], mode: int) -> bytes:
     if mode == _STORED:
         return bytes([mode]) + data.tobytes()
-    high, low = data, b""
-    if mode == _SPLIT:
-        high, low = data >> 4, pack(data & 15, 4)
-    deflated = deflate(pack(high, mode & 15), HUFFMAN_ONLY)
-    return bytes([mode]) + varint(len(deflated)) + deflated + low
+    if mode != _SPLIT:
+        return bytes([mode]) + _deflated(data, mode)
+    by_rank = np.argsort(-np.bincount(data, minlength=256), kind="stable").astype(np.uint8)
+    ranks = np.argsort(by_rank).astype(np.uint8)[data]
+    return bytes([mode]) + by_rank.tobytes() + _deflated(ranks >> 4, 4) + pack(ranks & 15, 4)
+
+
+def _deflated(symbols: NDArray[np.uint8], width: int) -> bytes:
+    coded = deflate(pack(symbols, width), HUFFMAN_ONLY)
+    return varint(len(coded)) + coded
 
 
 def decode(data: Bytes, count: int) -> NDArray[np.uint8]:
@@ -72,14 +81,35 @@ def decode(data: Bytes, count: int) -> NDArray[np.uint8]:
     mode = data.byte()
     if mode == _STORED:
         return data.array(count)
-    if mode not in (1, 2, 4, 8, _SPLIT):
+    if mode == _SPLIT:
+        table = _pairs(data.array(256))
+        return _join(_inflated(data, packed_size(count, 4)), data.array(-(-count // 2)), table)[:count]
+    if mode not in (1, 2, 4, 8):
         raise CorruptArtifact(f"a stream has mode {mode}, which does not exist.")
-    width = mode & 15
+    return unpack(_inflated(data, packed_size(count, mode)), mode, count)
+
+
+def _inflated(data: Bytes, size: int) -> NDArray[np.uint8]:
     deflated = data.take(data.varint())
-    size = packed_size(count, width)
     if size > 8 * len(deflated):
         raise CorruptArtifact(f"{len(deflated)} bytes cannot hold a stream of {size}.")
-    high = unpack(np.frombuffer(inflate(deflated, size), np.uint8), width, count)
-    if mode != _SPLIT:
-        return high
-    return high << 4 | unpack(data.array(packed_size(count, 4)), 4, count)
+    return np.frombuffer(inflate(deflated, size), np.uint8)
+
+
+def _pairs(by_rank: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """Two symbols for every 16 bits: their two high halves, then their two low halves."""
+    symbol = by_rank.reshape(16, 16)
+    table = np.empty((16, 16, 16, 16, 2), np.uint8)
+    table[..., 0] = symbol[:, None, :, None]
+    table[..., 1] = symbol[None, :, None, :]
+    return table.reshape(-1).view(np.uint16)
+
+
+def _join(
+    high: NDArray[np.uint8], low: NDArray[np.uint8], table: NDArray[np.uint16]
+) -> NDArray[np.uint8]:
+    out = np.empty(len(high), np.uint16)
+    for start in range(0, len(high), _BLOCK):  # blocks that stay in the cache
+        part = slice(start, start + _BLOCK)
+        table.take(high[part].astype(np.uint16) << 8 | low[part], out=out[part], mode="clip")
+    return out.view(np.uint8)

@@ -194,10 +194,8 @@ def _count(chunks: list[NDArray[np.unsignedinteger]], symbols: Symbols) -> NDArr
         nonzeros = sum(int(np.count_nonzero(chunk)) for chunk in chunks)
         return np.array([symbols.flat.size - nonzeros, nonzeros])
     counts = np.zeros(len(symbols.codebook), np.int64)
-    for chunk in chunks:  # zeros apart: most weights are, and bincount takes only int64
-        present = chunk[chunk != 0]
-        counts += np.bincount(present, minlength=len(counts))
-        counts[0] += len(chunk) - len(present)
+    for chunk in chunks:  # one at a time, for bincount makes a copy in int64
+        counts += np.bincount(chunk, minlength=len(counts))
     return counts
 
 

@@ -91,6 +91,7 @@ def architecture(function: F) -> F:
     @functools.wraps(function)
     def build(*args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(function).bind(*args, **kwargs)
+        bound.apply_defaults()  # a later change of a default must not change old artifacts
         model = function(*args, **kwargs)
         model.lilliput_origin = {"architecture": name, "arguments": dict(bound.arguments)}
         return model

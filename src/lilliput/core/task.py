@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -75,10 +75,20 @@ class Task:
         """The batches of the reported figure."""
         return self.validation if self.test is None else self.test
 
+    def placed(self, device: torch.device) -> Task:
+        """The same task, with the data on the device where its batches know how to move."""
+
+        def place(batches: Any) -> Any:
+            movable = device.type != "cpu" and callable(getattr(batches, "to", None))
+            return batches.to(device) if movable else batches
+
+        train, validation, test = map(place, (self.train, self.validation, self.test))
+        return replace(self, train=train, validation=validation, test=test)
+
     def example_inputs(self) -> Any:
-        """The inputs of one validation batch, cut to its first sample."""
+        """The inputs of one validation batch, cut to its first sample, on the processor."""
         batch = next(read(self.validation, "the validation batches"))
-        return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) else t, batch.inputs)
+        return pytree.tree_map(lambda t: t[:1].cpu() if isinstance(t, Tensor) else t, batch.inputs)
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ class _Execution:
         """A clean run for the stage; the method objects are its own."""
         run = self.run
         run.stage, run.step, run.epoch = number, 0, 0
-        run.task = self.job.stage_tasks.get(number, self.job.task)
+        run.task = self.job.stage_tasks.get(number, self.job.task).placed(run.device)
         run.methods = [method.model_copy() for method in stage.methods]
         run.memories, run.extras, run.players, run.optimizer = {}, {}, {}, None
         run.total_steps = stage.train.epochs * length(run.task.train) if stage.train.epochs else 0

@@ -170,7 +170,7 @@ def _initial(points: _Points, clusters: int, init: Init, seed: int) -> Doubles:
     if init == "exact":
         return points.means(_optimal_cuts(points, clusters))
     if init == "density":
-        levels = (np.arange(clusters) + 0.5) / clusters * total
+        levels = (np.arange(clusters) + 0.5) * total / clusters  # whole counts stay exact
         return np.unique(values[np.searchsorted(points.weight[1:], levels)]).astype(np.float64)
     share = np.diff(points.weight) / total
     drawn = np.random.default_rng(seed).choice(values, clusters, replace=False, p=share)

@@ -58,10 +58,15 @@ def _run_bytes(runs: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 
 def _positions(runs: NDArray[np.uint8], nonzeros: int) -> NDArray[np.int64]:
-    if len(runs) == nonzeros and not (runs == _ESCAPE).any():  # the common case, in two passes
-        return np.cumsum(runs, dtype=np.int64) + np.arange(nonzeros)
+    steps = runs.astype(np.int64)
+    if len(runs) == nonzeros:  # no escapes: the common case, quicker
+        steps += 1
+        positions = np.cumsum(steps, out=steps)
+        positions -= 1
+        return positions
     has_symbol = runs != _ESCAPE
-    positions = (np.cumsum(runs.astype(np.int64) + has_symbol) - 1)[has_symbol]
+    steps += has_symbol
+    positions = (np.cumsum(steps, out=steps) - 1)[has_symbol]
     if len(positions) != nonzeros:
         raise CorruptArtifact(f"{len(positions)} runs end in a symbol where {nonzeros} should.")
     return positions

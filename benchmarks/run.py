@@ -1,0 +1,122 @@
+"""Run the experiments that are missing or have changed, each with its seeds; print what came out.
+
+    python benchmarks/run.py                       # all experiments
+    python benchmarks/run.py lenet_300_100 --jobs 2
+    python benchmarks/run.py --table               # only print the tables
+
+An experiment is a YAML file in ``benchmarks/experiments``: a shipped recipe, overrides, and seeds. Its result
+lies in ``benchmarks/results/NAME.json``. It is done again when the recipe, the overrides or the
+seeds have changed; seeds that are done already are kept. Killed and started again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("names", nargs="*", help="parts of experiments' names; default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--experiments", type=Path, default=HERE / "experiments")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="run directories")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
+    options = parser.parse_args()
+    found = sorted(options.experiments.glob("**/*.yaml"))
+    chosen = [p for p in found if not options.names or any(n in p.stem for n in options.names)]
+    if not options.table:
+        run_all(chosen, options)
+    for path in chosen:
+        show(options.results / f"{path.stem}.json")
+
+
+def run_all(paths: list[Path], options: argparse.Namespace) -> None:
+    work = [(path, seed) for path in paths for seed in missing(path, options)]
+    print(f"{len(work)} runs to do", flush=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for _ in pool.map(lambda item: run_one(*item, options), work):
+            pass
+
+
+def missing(path: Path, options: argparse.Namespace) -> list[int]:
+    experiment = read(path)
+    result = options.results / f"{path.stem}.json"
+    known = json.loads(result.read_text()) if result.exists() else {}
+    if known.get("experiment") != experiment:
+        return experiment["seeds"]
+    done = {run["seed"] for run in known["runs"]}
+    return [seed for seed in experiment["seeds"] if seed not in done]
+
+
+def run_one(path: Path, seed: int, options: argparse.Namespace) -> None:
+    """One run in a process of its own, then its line in the result."""
+    experiment = read(path)
+    directory = options.work / f"{path.stem}-{seed}"
+    overrides = [*experiment.get("overrides", []), f"seed={seed}", f"device={options.device}"]
+    script = (
+        "import json, sys, torch; from pathlib import Path; from lilliput.api import run_recipe;"
+        "recipe, home, *more = sys.argv[1:];"
+        "torch.set_num_threads(1);"
+        "run_recipe(recipe, more, directory=home, watchers=())"
+    )
+    command = [sys.executable, "-c", script, experiment["recipe"], str(directory), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{path.stem} seed {seed} failed:\n{done.stderr[-2000:]}", flush=True)
+        return
+    figures = json.loads((directory / "result.json").read_text())
+    figures |= {"seed": seed, "environment": json.loads((directory / "environment.json").read_text())}
+    add(options.results / f"{path.stem}.json", experiment, figures)
+    print(f"{path.stem} seed {seed}: {summary(figures)}", flush=True)
+
+
+def add(path: Path, experiment: dict[str, Any], figures: dict[str, Any]) -> None:
+    known = json.loads(path.read_text()) if path.exists() else {}
+    runs = known["runs"] if known.get("experiment") == experiment else []
+    runs = sorted([r for r in runs if r["seed"] != figures["seed"]] + [figures], key=lambda r: r["seed"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"experiment": experiment, "runs": runs}, indent=1) + "\n")
+
+
+def show(path: Path) -> None:
+    if not path.exists():
+        print(f"{path.stem}: not run yet")
+        return
+    content = json.loads(path.read_text())
+    print(f"\n{path.stem}: {content['experiment']['recipe']} {content['experiment'].get('overrides', '')}")
+    for run in content["runs"]:
+        print(f"  seed {run['seed']}: {summary(run)}")
+    runs = content["runs"]
+    for name in ("baseline_score", "score", "score_drop", "validation", "bytes", "size_ratio"):
+        values = [run[name] for run in runs]
+        mean = sum(values) / len(values)
+        print(f"  {name}: mean {mean:.3f}, from {min(values):.3f} to {max(values):.3f}")
+
+
+def summary(run: dict[str, Any]) -> str:
+    return (
+        f"{run['baseline_score']:.2f} -> {run['score']:.2f} (validation {run['validation']:.2f}), "
+        f"{run['nonzeros']:,} non-zeros, {run['bytes']:,} bytes, {run['size_ratio']:.1f}x, "
+        f"over entropy {run['bytes'] / run['entropy_bytes']:.3f}"
+    )
+
+
+def read(path: Path) -> dict[str, Any]:
+    content = YAML(typ="safe").load(path)
+    return {**content, "seeds": content.get("seeds", [0, 1, 2])}
+
+
+if __name__ == "__main__":
+    main()
