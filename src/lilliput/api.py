@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch  # noqa: F401 - the examples use it
 from torch import nn
 
 from .core import registry
@@ -16,6 +17,7 @@ from .core.method import Method
 from .core.recipe import ArtifactSettings, Recipe, Stage
 from .core.task import Task
 from .engine import distributed
+from .engine.attachment import Attachment
 from .engine.execute import Job, execute
 from .engine.outcome import Result
 from .engine.progress import Watcher, watcher
@@ -102,6 +104,49 @@ def compress(
     )
     home = Path(directory) if directory else Path(tempfile.mkdtemp(prefix="lilliput-"))
     return execute(job, home, fresh=fresh, watchers=watchers)
+
+
+def attach(
+    model: nn.Module,
+    *methods: Method,
+    steps: int = 0,
+    task: Task | None = None,
+    seed: int = 0,
+) -> Attachment:
+    """Put methods on a model that trains in the user's own loop.
+
+    Args:
+        model: changed in place: encodings appear now, so build the optimizer afterwards.
+        methods: which.
+        steps: how many optimizer steps the loop will make; schedules need it.
+        task: for methods that want data of their own, such as a cached teacher.
+        seed: of everything random in the methods.
+
+    Returns:
+        The handle that the loop calls; see :class:`~lilliput.engine.attachment.Attachment`.
+
+    Raises:
+        NothingMatched: a method's pattern covers no layer.
+        InputError: a method replaces a part of the loop and needs :func:`compress`.
+
+    Example:
+        >>> import lilliput
+        >>> net, x, y = nn.Linear(8, 2), torch.randn(64, 8), torch.arange(64) % 2
+        >>> attached = lilliput.attach(net, lilliput.methods.Gradual(sparsity=0.5), steps=100)
+        >>> optimizer = torch.optim.SGD(attached.parameters(), lr=0.1)
+        >>> for _ in range(100):
+        ...     attached.batch(x, y)
+        ...     output = net(x)
+        ...     loss = attached.loss(nn.functional.cross_entropy(output, y), output)
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     attached.after_backward()
+        ...     optimizer.step()
+        ...     attached.after_step()
+        >>> attached.finish()[0].after
+        8
+    """
+    return Attachment(model, methods, steps=steps, task=task, seed=seed)
 
 
 def run_recipe(

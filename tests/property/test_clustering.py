@@ -158,6 +158,13 @@ def test_coarse_bins_against_plain_dynamic_programming(
     assert kmeans(values, 12, init="exact").distortion <= 1.001 * best
 
 
+def test_bins_survive_an_outlier(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.append(draw("gaussian", 40_000, seed=6), np.float32(1e4))
+    binned = kmeans(values, 32, init="exact")
+    monkeypatch.setattr(clustering, "EXACT_LIMIT", values.size)
+    assert binned.distortion <= 1.001 * kmeans(values, 32, init="exact").distortion
+
+
 # Lloyd's iteration
 
 
@@ -219,6 +226,17 @@ def test_tolerance_stops_early() -> None:
     assert loose.distortion > kmeans(values, 16, init="random").distortion
 
 
+def test_tolerance_is_a_fraction_of_the_range() -> None:
+    values = draw("laplace", 5000, seed=0)
+    large = kmeans(values, 16, tolerance=1e-3).centroids
+    small = kmeans(values / 1024, 16, tolerance=1e-3).centroids
+    assert np.array_equal(large, small * 1024)
+
+
+def test_a_tie_goes_to_the_lower_cluster_while_iterating() -> None:
+    assert kmeans([0.0, 2.0, 4.0], 2, init="linear").centroids.tolist() == [1.0, 4.0]
+
+
 # Weights
 
 
@@ -263,6 +281,12 @@ def test_weights_of_very_different_size() -> None:
     assert 1.0 in found.centroids
 
 
+def test_a_light_value_alone_in_its_cluster_is_kept() -> None:
+    values = np.append(draw("gaussian", 1000, seed=0) + 1, np.float32(3.7))
+    weights = np.append(np.ones(1000), 1e-11)
+    assert kmeans(values, 2, init="linear", weights=weights).centroids[-1] == np.float32(3.7)
+
+
 # Codes, distortion, extreme data
 
 
@@ -283,6 +307,12 @@ def test_a_tie_goes_to_the_lower_centroid() -> None:
     found = kmeans([0.0, 2.0, 4.0], 2, weights=[1.0, 0.0, 1.0])
     assert found.centroids.tolist() == [0.0, 4.0]
     assert found.codes.tolist() == [0, 0, 1]
+
+
+def test_neighboring_floats_are_told_apart() -> None:
+    # Halfway between them rounds up to the second one, which must not fall to the first.
+    ulp = 2.0**-23
+    assert kmeans([1 + ulp, 1 + 2 * ulp], 2).codes.tolist() == [0, 1]
 
 
 def test_distortion_counts_weights() -> None:

@@ -4,18 +4,20 @@ Matching (LZ77) finds nothing in weights, so only deflate's Huffman stage is use
 the order-0 entropy, and inflated at 200 MB/s. Small symbols share a byte before that (four symbols
 of two bits, say): fewer bytes to inflate, and codes of less than one bit a symbol.
 
-Streams of widely spread bytes are *split*, which doubles the speed. Bytes are ranked by frequency.
-Ranks that share their high four bits are about equally frequent, so the low four bits are stored
-as they are, and only the high ones are Huffman coded, two symbols a byte.
+Streams of more than 16 values are *split* where that costs next to nothing, for it doubles the
+speed: bytes are ranked by frequency, and the rank is cut in two. Ranks with the same high part are
+about equally frequent, so that their low bits (1, 2 or 4) are stored as they are. Only the high
+part, four bits, is Huffman coded, two symbols a byte.
 
 A stream of ``count`` bytes (the reader knows the count)::
 
-    byte mode     8, 4, 2, 1: bits of a symbol in the deflated bytes | 0x44: split | 0: stored
+    byte mode     8, 4, 2, 1: bits of a symbol in the deflated bytes | 0: stored
+                  | 0x41, 0x42, 0x44: split, with 1, 2 or 4 low bits
     mode 0        count bytes, as they are
-    mode 0x44     256 bytes: the byte of each rank; then as follows, the symbols being high halves
+    split         16 * 2^low bytes: the byte of each rank; then the high parts, 4 bits each, as
+                  follows; then ceil(count / 2) fields of 2 * low bits: the low parts in pairs
     else          varint length, then that many bytes of raw deflate (RFC 1951), which inflate to
-                  exactly ceil(count * bits / 8) bytes, fields of `bits` bits, first field highest
-    mode 0x44     then ceil(count / 2) bytes: the low halves, fields of 4 bits
+                  exactly ceil(count * bits / 8) bytes: symbols, the first in the highest bits
 
 Deflated without matches a byte takes at least one bit: a reader refuses a stream that claims more
 than eight times its length, before it allocates anything.
@@ -30,11 +32,12 @@ from lilliput.artifact.bits import Bytes, pack, packed_size, unpack, varint, wid
 from lilliput.artifact.deflate import HUFFMAN_ONLY, deflate, inflate
 from lilliput.errors import CorruptArtifact
 
-_STORED, _SPLIT = 0, 0x44
+_STORED, _SPLIT = 0, 0x40
+_LOW_BITS = (1, 2, 4)
 _SAMPLE = 1 << 16
 _BLOCK = 1 << 15
 #: A mode with fewer bytes to inflate may be this much larger: the price of decoding twice as fast.
-_TOLERANCE = 1.0025
+_TOLERANCE = 1.004
 
 
 def encode(data: NDArray[np.uint8]) -> bytes:
@@ -46,6 +49,8 @@ def encode(data: NDArray[np.uint8]) -> bytes:
         return min((_encode(data, mode) for mode in _modes(data)), key=len)
     sample = np.concatenate([part[: _SAMPLE // 4] for part in np.array_split(data, 4)])
     sizes = {mode: len(_encode(sample, mode)) for mode in _modes(data)}
+    for mode in sizes:
+        sizes[mode] -= _table_size(mode)  # it weighs nothing in the long stream
     limit = min(sizes.values()) * _TOLERANCE
     return _encode(data, next(mode for mode, size in sizes.items() if size <= limit))
 
@@ -53,18 +58,25 @@ def encode(data: NDArray[np.uint8]) -> bytes:
 def _modes(data: NDArray[np.uint8]) -> list[int]:
     """Modes that fit, the quickest to decode first."""
     width = width_of(int(data.max(initial=0)))
-    narrow = [bits for bits in (1, 2, 4) if bits >= width][:1]
-    return [*(narrow or [_SPLIT]), 8, _STORED]
+    narrow = [bits for bits in (1, 2, 4) if bits >= width]
+    split = [_SPLIT | low for low in _LOW_BITS if 4 + low >= width]
+    return [(narrow + split)[0], 8, _STORED]
+
+
+def _table_size(mode: int) -> int:
+    return 16 << (mode & 15) if mode & _SPLIT else 0
 
 
 def _encode(data: NDArray[np.uint8], mode: int) -> bytes:
     if mode == _STORED:
         return bytes([mode]) + data.tobytes()
-    if mode != _SPLIT:
+    if not mode & _SPLIT:
         return bytes([mode]) + _deflated(data, mode)
+    low = mode & 15
     by_rank = np.argsort(-np.bincount(data, minlength=256), kind="stable").astype(np.uint8)
     ranks = np.argsort(by_rank).astype(np.uint8)[data]
-    return bytes([mode]) + by_rank.tobytes() + _deflated(ranks >> 4, 4) + pack(ranks & 15, 4)
+    lows = pack(ranks & ((1 << low) - 1), low)
+    return bytes([mode]) + by_rank[: 16 << low].tobytes() + _deflated(ranks >> low, 4) + lows
 
 
 def _deflated(symbols: NDArray[np.uint8], width: int) -> bytes:
@@ -81,12 +93,14 @@ def decode(data: Bytes, count: int) -> NDArray[np.uint8]:
     mode = data.byte()
     if mode == _STORED:
         return data.array(count)
-    if mode == _SPLIT:
-        table = _pairs(data.array(256))
-        return _join(_inflated(data, packed_size(count, 4)), data.array(-(-count // 2)), table)[:count]
-    if mode not in (1, 2, 4, 8):
+    if mode in (1, 2, 4, 8):
+        return unpack(_inflated(data, packed_size(count, mode)), mode, count)
+    if mode & ~15 != _SPLIT or (low := mode & 15) not in _LOW_BITS:
         raise CorruptArtifact(f"a stream has mode {mode}, which does not exist.")
-    return unpack(_inflated(data, packed_size(count, mode)), mode, count)
+    table = _pairs(data.array(_table_size(mode)), low)
+    high = _inflated(data, packed_size(count, 4))
+    lows = unpack(data.array(packed_size(len(high), 2 * low)), 2 * low, len(high))
+    return _join(high, lows, table, 2 * low)[:count]
 
 
 def _inflated(data: Bytes, size: int) -> NDArray[np.uint8]:
@@ -96,20 +110,21 @@ def _inflated(data: Bytes, size: int) -> NDArray[np.uint8]:
     return np.frombuffer(inflate(deflated, size), np.uint8)
 
 
-def _pairs(by_rank: NDArray[np.uint8]) -> NDArray[np.uint16]:
-    """Two symbols for every 16 bits: their two high halves, then their two low halves."""
-    symbol = by_rank.reshape(16, 16)
-    table = np.empty((16, 16, 16, 16, 2), np.uint8)
+def _pairs(by_rank: NDArray[np.uint8], low: int) -> NDArray[np.uint16]:
+    """Two symbols for each pair of high parts followed by a pair of low parts."""
+    symbol = by_rank.reshape(16, 1 << low)
+    table = np.empty((16, 16, 1 << low, 1 << low, 2), np.uint8)
     table[..., 0] = symbol[:, None, :, None]
     table[..., 1] = symbol[None, :, None, :]
     return table.reshape(-1).view(np.uint16)
 
 
 def _join(
-    high: NDArray[np.uint8], low: NDArray[np.uint8], table: NDArray[np.uint16]
+    high: NDArray[np.uint8], low: NDArray[np.uint8], table: NDArray[np.uint16], shift: int
 ) -> NDArray[np.uint8]:
     out = np.empty(len(high), np.uint16)
     for start in range(0, len(high), _BLOCK):  # blocks that stay in the cache
         part = slice(start, start + _BLOCK)
-        table.take(high[part].astype(np.uint16) << 8 | low[part], out=out[part], mode="clip")
+        pairs = high[part].astype(np.uint16) << shift | low[part]
+        table.take(pairs, out=out[part], mode="clip")
     return out.view(np.uint8)

@@ -56,6 +56,8 @@ class Train(Settings):
         task_weight: factor on the task's loss.
         clip: largest gradient norm; None for no clipping.
         precision: arithmetic of the forward pass, through torch's autocast.
+        channels_last: lay convolutions out with the channels last, which is about twice as fast on a
+            processor; not for networks that take their activations apart with ``view``.
         keep: the model of the last epoch, or of the best validation score.
         evaluate_every: epochs between two validation scores.
         checkpoint_minutes: time between two checkpoints inside an epoch.
@@ -75,6 +77,7 @@ class Train(Settings):
     task_weight: NonNegative = 1.0
     clip: Positive | None = None
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    channels_last: bool = False
     keep: Literal["last", "best"] = "last"
     evaluate_every: int = Field(default=1, ge=1)
     checkpoint_minutes: Positive = 10.0

@@ -7,7 +7,7 @@ written, read back, and what was read is evaluated.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ class _Execution:
             watcher.stage_begins(run, stage)
         if stage.train.epochs:
             Training(run, stage.train, self.home, self.watchers).train_all()
-        changes = [change for method in reversed(run.methods) for change in _finish(method, run)]
+        changes = [change for method in reversed(run.methods) for change in finish_method(method, run)]
         for parameter in frozen:
             parameter.requires_grad_(True)
         self._close_stage(stage, changes)
@@ -208,7 +208,12 @@ class _Execution:
         return result
 
 
-def _finish(method: Method, run: Run) -> Iterable[Change]:
+def finish_method(method: Method, run: Run) -> list[Change]:
+    """Let a method conclude.
+
+    Raises:
+        NothingChanged: it should have changed the model and has not.
+    """
     changes = method.finish(run)
     if method.changes_model and not changes:
         raise NothingChanged(

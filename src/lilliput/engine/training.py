@@ -52,6 +52,8 @@ class Training:
 
     def __post_init__(self) -> None:
         run, train = self.run, self.train
+        if train.channels_last:
+            run.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         hooks = Hooks(run.methods)
         self.batches: Iterable[Any] = run.task.train
         for hook in hooks.data:

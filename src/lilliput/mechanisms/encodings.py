@@ -170,7 +170,9 @@ class Codebook(Encoding):
     def forward(self, centroids: Tensor) -> Tensor:
         """The effective weight."""
         weight: Tensor = _Lookup.apply(centroids, *self.members(), self.codes.shape)
-        return weight
+        # The codes are laid out as the layer is: hand the weight over in the same layout.
+        channels_last = self.codes.ndim == 4 and not self.codes.is_contiguous()
+        return weight.contiguous(memory_format=torch.channels_last) if channels_last else weight
 
     def table(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
         """Codes in the weight's shape, and the value of each code; the zero has one where it occurs."""

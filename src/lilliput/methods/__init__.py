@@ -7,13 +7,11 @@ from typing import Any
 
 from ..core import registry
 
+__all__ = sorted(entry.attribute for entry in registry.entries("method").values())  # noqa: PLE0605
+
 
 def __getattr__(name: str) -> Any:
     for entry in registry.entries("method").values():
         if entry.attribute == name:
             return entry.load()
     raise AttributeError(f"no method's class is named {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(entry.attribute for entry in registry.entries("method").values())

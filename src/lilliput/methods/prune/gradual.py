@@ -49,8 +49,8 @@ class Gradual(Method):
         remove_dead: cut the other connections of neurons that have lost all inputs or all outputs.
 
     Example:
-        >>> Gradual(sparsity=0.9).schedule.amount(0.1, 0.9)
-        0.24389999999999995
+        >>> round(Gradual(sparsity=0.9).schedule.amount(0.375, final=0.9), 4)
+        0.7875
     """
 
     family: ClassVar[str] = "prune"

@@ -99,7 +99,7 @@ class Magnitude(Method):
         chosen = self._chosen(run)
         memory = self.memory(run)
         memory["before"] = {w.name: nonzeros(w.value) for w in chosen}
-        memory["deviation"] = {w.name: float(w.value.std()) for w in chosen}
+        memory["deviation"] = {w.name: float(w.value.detach().std()) for w in chosen}
         memory["dropout"] = dict(_dropouts(run.model))
         memory["round"] = 0
         put_masks(chosen, "hard")

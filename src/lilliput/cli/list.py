@@ -1,0 +1,64 @@
+"""``lilliput list``: the catalogue, read from the source text without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, Literal
+
+from ..core import registry
+from ..core.registry import Entry
+from ._print import columns, print_json, print_text
+
+_PLURALS = {"methods": "method", "architectures": "architecture", "tasks": "task", "recipes": "recipe"}
+
+
+def list_entries(
+    kind: Literal["methods", "architectures", "tasks", "recipes"] | None = None,
+    /,
+    *,
+    json: bool = False,
+) -> int:
+    """List methods, architectures, tasks and recipes.
+
+    Each with its family, the papers it follows, and a line on what it does.
+
+    Args:
+        kind: one of the four; by default all of them.
+        json: print one JSON object: a list of entries for each kind.
+    """
+    chosen = [kind] if kind else list(_PLURALS)
+    found = {plural: list(registry.entries(_PLURALS[plural]).values()) for plural in chosen}
+    if json:
+        print_json({plural: [as_dict(e) for e in entries] for plural, entries in found.items()})
+    else:
+        print_text("\n\n".join(_table(plural, entries) for plural, entries in found.items()))
+    return 0
+
+
+def as_dict(entry: Entry) -> dict[str, Any]:
+    """An entry of the catalogue, JSON-ready."""
+    return {
+        "kind": entry.kind,
+        "name": entry.name,
+        "family": entry.family,
+        "papers": [asdict(paper) for paper in entry.papers],
+        "summary": entry.summary,
+    }
+
+
+def _table(plural: str, entries: list[Entry]) -> str:
+    rows = [("  " + e.name, _family(e), _cited(e), e.summary) for e in entries]
+    return f"{plural}\n{columns(rows)}" if rows else f"{plural}\n  none"
+
+
+def _family(entry: Entry) -> str:
+    return "" if entry.family == entry.kind else entry.family
+
+
+def _cited(entry: Entry) -> str:
+    """The papers as short references, for example ``Han 2015``."""
+    return ", ".join(f"{_first_author(p.authors)} {p.year}" for p in entry.papers)
+
+
+def _first_author(authors: str) -> str:
+    return authors.removesuffix(" et al.").partition(",")[0].strip()

@@ -1,0 +1,376 @@
+"""What every method must do, whatever paper it comes from.
+
+The surprising rule: each method runs once undisturbed on each network, and most tests compare something
+with that run, so they are cheap but share it. A test never changes it.
+"""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import io
+from ..api import compress
+from ..core import registry
+from ..core.digests import weights_digest
+from ..core.method import Method
+from ..core.recipe import ModelSettings, Recipe, Stage, TaskSettings, Train
+from ..core.run import Run
+from ..core.task import call, evaluation
+from ..engine.outcome import Result
+from ..engine.progress import Watcher
+from ..engine.recipes import load_recipe, to_yaml, validate
+from ..errors import LilliputError, NothingMatched, RecipeError
+from ..mechanisms.encodings import describe, rebuild
+from .examples import registered_examples
+from .networks import NETWORKS, TinyNetwork
+
+EPOCHS = 2
+
+
+@dataclass
+class Interruption(Watcher):
+    """Stops a run as Ctrl-C does, after a number of steps of one stage."""
+
+    step: int
+    stage: int = 0
+
+    def step_done(self, run: Run) -> None:
+        """Stop at the step."""
+        if (run.stage, run.step) == (self.stage, self.step):
+            raise KeyboardInterrupt
+
+
+@dataclass
+class Inspection(Watcher):
+    """Calls a function once, while the model trains."""
+
+    look: Callable[[Run], None]
+    step: int = 3
+    looked: bool = False
+
+    def step_done(self, run: Run) -> None:
+        """Look at the step."""
+        if run.step == self.step:
+            self.look(run)
+            self.looked = True
+
+
+@dataclass
+class Trial:
+    """A method on a network: its undisturbed run, or why it refused.
+
+    Attributes:
+        method: with the settings under test.
+        network: on which.
+        folder: where runs may write.
+    """
+
+    method: Method
+    network: TinyNetwork
+    folder: Path
+
+    @cached_property
+    def outcome(self) -> Result | LilliputError:
+        """The undisturbed run, or the refusal; anything else is a crash and passes through."""
+        try:
+            return self.compress("undisturbed")
+        except LilliputError as refusal:
+            return refusal
+
+    @property
+    def result(self) -> Result:
+        """The undisturbed run; skips the test where the method refused the network."""
+        if isinstance(self.outcome, LilliputError):
+            import pytest
+
+            pytest.skip(f"refused: {self.outcome}")
+        return self.outcome
+
+    def stages(self) -> list[Stage]:
+        """One stage with the method, two epochs."""
+        return [Stage(methods=[self.method], train=Train(epochs=EPOCHS, lr=0.01))]
+
+    def compress(self, name: str, *watchers: Watcher, model: nn.Module | None = None) -> Result:
+        """Run, in the folder of that name."""
+        return compress(
+            model if model is not None else self.network.build(),
+            self.network.task(),
+            self.stages(),
+            directory=self.folder / name,
+            watchers=watchers,
+        )
+
+
+class MethodContract:
+    """Subclass this in a test module and say which ``methods`` are held to the contract.
+
+    Class attributes:
+        methods: instances with the settings to test.
+        partners: methods of which one of each other family is combined with each of ``methods``.
+        recipes: YAML files, in one of which each method must appear; None asks for none.
+
+    Example:
+        >>> from lilliput.methods import Codebook
+        >>> class TestMine(MethodContract):
+        ...     methods = [Codebook(bits=2)]
+        ...     recipes = None
+    """
+
+    methods: ClassVar[Sequence[Method]] = ()
+    partners: ClassVar[Sequence[Method] | None] = None
+    recipes: ClassVar[Sequence[Path] | None] = None
+    _trials: ClassVar[dict[tuple[str, str], Trial]] = {}
+
+    def pytest_generate_tests(self, metafunc: Any) -> None:
+        """Hand each method, network and partner to the tests that ask for them; called by pytest."""
+        wanted = metafunc.fixturenames
+        if "partner" in wanted:
+            pairs = self._pairs()
+            names = [f"{m.method_name()}+{p.method_name()}" for m, p in pairs]
+            metafunc.parametrize(("method", "partner"), pairs, ids=names)
+        elif "method" in wanted:
+            metafunc.parametrize("method", self.methods, ids=_name)
+        if "network" in wanted:
+            metafunc.parametrize("network", NETWORKS, ids=lambda n: n.name)
+
+    # -- what it does to a model ----------------------------------------------------------------
+
+    def test_accepts_a_network(self, method: Method, tmp_path_factory: Any) -> None:
+        """At least one of the three networks is accepted."""
+        outcomes = [self._trial(method, n, tmp_path_factory).outcome for n in NETWORKS]
+        refusals = [str(o) for o in outcomes if isinstance(o, LilliputError)]
+        assert len(refusals) < len(NETWORKS), refusals
+
+    def test_changes_the_model(
+        self, method: Method, network: TinyNetwork, tmp_path_factory: Any
+    ) -> None:
+        """A copy is changed, and each change is told; the user's own model stays bit for bit."""
+        trial = self._trial(method, network, tmp_path_factory)
+        told = (trial.result.directory / "changes.json").read_text()
+        assert not method.changes_model or f'"{method.method_name()}"' in told
+        model = network.build()
+        before, flags = weights_digest(model), _flags(model)
+        result = trial.compress("untouched", model=model)
+        assert weights_digest(model) == before
+        assert _flags(model) == flags
+        assert weights_digest(result.model) != before
+
+    def test_same_seed_same_result(
+        self, method: Method, network: TinyNetwork, tmp_path_factory: Any
+    ) -> None:
+        """Weights, metrics and file are the same, bit for bit."""
+        trial = self._trial(method, network, tmp_path_factory)
+        first = trial.result
+        torch.rand(7)  # the caller's generator is elsewhere by now
+        _same_run(first, trial.compress("again"))
+
+    def test_resumed_is_undisturbed(
+        self, method: Method, network: TinyNetwork, tmp_path_factory: Any
+    ) -> None:
+        """Interrupted inside each epoch and gone on with, a run ends as if nothing had been."""
+        trial = self._trial(method, network, tmp_path_factory)
+        first = trial.result
+        assert len(trial.network.task().train) == 4  # type: ignore[arg-type]
+        for step in (2, 7):  # in the middle of the first epoch and of the last
+            _interrupt(lambda step=step: trial.compress("resumed", Interruption(step)))  # type: ignore[misc]
+        _same_run(first, trial.compress("resumed"))
+
+    def test_artifact_round_trip(
+        self, method: Method, network: TinyNetwork, tmp_path_factory: Any
+    ) -> None:
+        """The file fills a fresh network, which then gives the same logits."""
+        result = self._trial(method, network, tmp_path_factory).result
+        loaded = io.load(result.artifact, model=network.build(seed=1))
+        inputs = next(iter(network.task().validation)).inputs
+        assert torch.equal(_logits(loaded, inputs), _logits(result.model, inputs))
+
+    def test_copies_while_training(
+        self, method: Method, network: TinyNetwork, tmp_path_factory: Any
+    ) -> None:
+        """A deep copy, and a state dict in a rebuilt network, compute what the model computes."""
+        trial = self._trial(method, network, tmp_path_factory)
+        inputs = next(iter(network.task().validation)).inputs
+
+        def look(run: Run) -> None:
+            expected = _logits(run.model, inputs)
+            rebuilt = network.build(seed=1)
+            rebuild(rebuilt, describe(run.model))
+            rebuilt.load_state_dict(run.model.state_dict())
+            copied = copy.deepcopy(run.model)
+            assert torch.equal(_logits(rebuilt, inputs), expected)
+            assert torch.equal(_logits(copied, inputs), expected)
+            _disturb(copied)
+            assert torch.equal(_logits(run.model, inputs), expected)
+
+        _same_run(trial.result, trial.compress("inspected", inspection := Inspection(look)))
+        assert inspection.looked
+
+    def test_pattern_that_matches_nothing(self, method: Method, tmp_path: Path) -> None:
+        """A layer pattern without a layer is an error, if the method has such a setting."""
+        if "layers" in type(method).model_fields:
+            nowhere = method.model_copy(update={"layers": "no_such_layer"})
+            error = _refusal(lambda: Trial(nowhere, NETWORKS[0], tmp_path).compress("nowhere"))
+            assert isinstance(error, NothingMatched)
+            assert "no_such_layer" in str(error)
+
+    # -- together with others -------------------------------------------------------------------
+
+    def test_composes_in_one_stage(self, method: Method, partner: Method, tmp_path: Path) -> None:
+        """Both orders in one stage, on every network: applied or refused, never a crash."""
+        for order in ([method, partner], [partner, method]):
+            stage = Stage(methods=order, train=Train(epochs=EPOCHS, lr=0.01))
+            self._composed([stage], tmp_path / order[0].method_name())
+
+    def test_composes_in_two_stages(self, method: Method, partner: Method, tmp_path: Path) -> None:
+        """One after the other, in both orders, and resumed between and within the stages."""
+        for order in ([method, partner], [partner, method]):
+            stages = [Stage(methods=[m], train=Train(epochs=1, lr=0.01)) for m in order]
+            self._composed(stages, tmp_path / order[0].method_name())
+
+    # -- how it is written and found --------------------------------------------------------------
+
+    def test_repr_round_trip(self, method: Method) -> None:
+        """``repr`` is Python that builds the same method."""
+        known = vars(inspect.getmodule(type(method)))
+        assert eval(repr(method), dict(known)) == method
+
+    def test_yaml_round_trip(self, method: Method, tmp_path: Path) -> None:
+        """A recipe keeps all settings."""
+        file = tmp_path / "recipe.yaml"
+        recipe = _recipe(method)
+        file.write_text(to_yaml(recipe))
+        assert load_recipe(file).stages[0].methods == [method]
+
+    def test_unknown_setting(self, method: Method) -> None:
+        """A misspelt setting is refused, and the right one named."""
+        setting = max(type(method).model_fields, key=len)
+        content = _recipe(method).model_dump(mode="json", exclude_defaults=True)
+        content["stages"][0]["methods"][0][setting[:-1]] = 1
+        error = _refusal(lambda: validate(content))
+        assert isinstance(error, RecipeError)
+        assert setting[:-1] in str(error)
+        assert f"Did you mean '{setting}'" in str(error)
+
+    def test_has_citation(self, method: Method) -> None:
+        """The module's docstring cites a paper, with its year."""
+        papers = registry.find("method", method.method_name()).papers
+        assert papers
+        assert all(1940 < paper.year < 2100 for paper in papers)
+
+    def test_docstring_example_runs(self, method: Method) -> None:
+        """The class's docstring has an example, and the example is true."""
+        module = importlib.import_module(type(method).__module__)
+        name = type(method).__name__
+        found = doctest.DocTestFinder(recurse=False).find(
+            type(method), name, module=module, extraglobs={"torch": torch, "nn": nn}
+        )
+        assert any(test.examples for test in found)
+        runner = doctest.DocTestRunner(verbose=False)
+        assert sum(runner.run(test).failed for test in found) == 0
+
+    def test_recipe_uses_it(self, method: Method) -> None:
+        """One of the recipes shows how it is used."""
+        if self.recipes is None:
+            return
+        used = {m.method_name() for p in self.recipes for s in load_recipe(p).stages for m in s.methods}
+        assert method.method_name() in used
+
+    # -- helpers --------------------------------------------------------------------------------
+
+    def _pairs(self) -> list[tuple[Method, Method]]:
+        partners = registered_examples() if self.partners is None else self.partners
+        pairs = []
+        for method in self.methods:
+            others = {p.family: p for p in reversed(partners) if p.family != method.family}
+            pairs += [(method, partner) for _, partner in sorted(others.items())]
+        return pairs
+
+    def _trial(self, method: Method, network: TinyNetwork, tmp_path_factory: Any) -> Trial:
+        key = (repr(method), network.name)
+        if key not in self._trials:
+            folder = tmp_path_factory.mktemp(f"{method.method_name()}-{network.name}")
+            self._trials[key] = Trial(method, network, folder)
+        return self._trials[key]
+
+    def _composed(self, stages: list[Stage], folder: Path) -> None:
+        """Run undisturbed and interrupted in the last stage; both must agree, or both refuse."""
+        accepted = 0
+        for network in NETWORKS:
+
+            def run(name: str, *watchers: Watcher, network: TinyNetwork = network) -> Result:
+                home = folder / f"{network.name}-{name}"
+                return compress(
+                    network.build(), network.task(), stages, directory=home, watchers=watchers
+                )
+
+            try:
+                first = run("undisturbed")
+            except LilliputError:
+                continue
+            accepted += 1
+            _interrupt(lambda run=run: run("resumed", Interruption(3, len(stages) - 1)))  # type: ignore[misc]
+            _same_run(first, run("resumed"))
+        assert accepted, "every network was refused"
+
+
+def _name(method: Method) -> str:
+    return method.method_name()
+
+
+def _refusal(attempt: Callable[[], Any]) -> Exception:
+    try:
+        attempt()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was refused")
+
+
+def _interrupt(attempt: Callable[[], Any]) -> None:
+    try:
+        attempt()
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("the run ended before it could be interrupted")
+
+
+def _same_run(first: Result, second: Result) -> None:
+    """Weights, metrics, changes and file agree, bit for bit."""
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+    for file in ("metrics.jsonl", "changes.json", "model.safetensors"):
+        assert (first.directory / file).read_bytes() == (second.directory / file).read_bytes(), file
+
+
+def _logits(model: nn.Module, inputs: Any) -> Tensor:
+    with torch.no_grad(), evaluation(model):
+        logits: Tensor = call(model, inputs)
+        return logits
+
+
+def _flags(model: nn.Module) -> list[tuple[bool, ...]]:
+    return [(m.training, *(p.requires_grad for p in m.parameters())) for m in model.modules()]
+
+
+@torch.no_grad()
+def _disturb(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.add_(1.0)
+
+
+def _recipe(method: Method) -> Recipe:
+    return Recipe(
+        task=TaskSettings(name="digits"),
+        model=ModelSettings(architecture="lenet_300_100"),
+        stages=[Stage(methods=[method], train=Train(epochs=1))],
+    )

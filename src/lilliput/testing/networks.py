@@ -1,0 +1,123 @@
+"""Three tiny networks, each with data that it can learn: what the contract is checked on.
+
+The surprising rule: the batches are shuffled with torch's global generator, and every network has
+dropout, so a run that does not restore the random state after an interruption is found out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..core.digests import mix
+from ..core.task import Task, accuracy
+from ..core.types import Batch
+
+CLASSES = 3
+
+
+class ShuffledBatches:
+    """Batches of a data set in memory, in a new order every time they are read.
+
+    Args:
+        inputs: shape ``(samples, ...)``.
+        target: shape ``(samples,)``.
+        size: samples a batch.
+    """
+
+    def __init__(self, inputs: Tensor, target: Tensor, size: int = 32) -> None:
+        self.inputs, self.target, self.size = inputs, target, size
+
+    def __len__(self) -> int:
+        return -(-len(self.inputs) // self.size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for rows in torch.randperm(len(self.inputs)).split(self.size):
+            yield Batch(self.inputs[rows], self.target[rows], rows)
+
+
+def make_batches(
+    *shape: int, samples: int = 128, size: int = 32, seed: int = 0
+) -> tuple[ShuffledBatches, list[Batch]]:
+    """Random inputs of one sample's shape with labels that a linear layer can learn.
+
+    Returns:
+        Shuffled batches to train on, and a list of other batches to evaluate on.
+
+    Example:
+        >>> train, test = make_batches(8, samples=64)
+        >>> len(train), test[0].inputs.shape
+        (2, torch.Size([32, 8]))
+    """
+    generator = torch.Generator().manual_seed(mix("batches", *shape, seed))
+    inputs = torch.randn(2 * samples, *shape, generator=generator)
+    direction = torch.randn(inputs[0].numel(), CLASSES, generator=generator)
+    target = (inputs.flatten(1) @ direction).argmax(1)
+    index = torch.arange(samples)
+    test = zip(inputs[samples:].split(size), target[samples:].split(size), index.split(size), strict=True)
+    return ShuffledBatches(inputs[:samples], target[:samples], size), [Batch(*part) for part in test]
+
+
+class TinyTransformer(nn.Module):
+    """One encoder layer of width 8 over six tokens of eight numbers; input ``(batch, 6, 8)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``(batch, 3)``."""
+        logits: Tensor = self.head(self.encoder(self.embed(tokens)).mean(1))
+        return logits
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(12, 24), nn.ReLU(), nn.Dropout(0.2), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, CLASSES)
+    )
+
+
+def _cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Conv2d(6, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout2d(0.1),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, CLASSES),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TinyNetwork:
+    """A network of the contract.
+
+    Attributes:
+        name: of the kind of network.
+        make: builds it, with random weights.
+        shape: of one sample.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """The network, always with the same weights; the global generator is left alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix("network", self.name, seed))
+            return self.make()
+
+    def task(self) -> Task:
+        """Classification of random inputs into three classes."""
+        train, test = make_batches(*self.shape)
+        return Task(train, test, test, nn.functional.cross_entropy, accuracy, f"tiny {self.name}")
+
+
+NETWORKS = (
+    TinyNetwork("mlp", _mlp, (12,)),
+    TinyNetwork("cnn", _cnn, (1, 8, 8)),
+    TinyNetwork("transformer", TinyTransformer, (6, 8)),
+)
