@@ -25,13 +25,17 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="parts of experiments' names; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--experiments", type=Path, default=HERE / "experiments")
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="run directories")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/benchmarks"), help="run directories"
+    )
     parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
     options = parser.parse_args()
     found = sorted(options.experiments.glob("**/*.yaml"))
@@ -77,7 +81,10 @@ def run_one(path: Path, seed: int, options: argparse.Namespace) -> None:
         print(f"{path.stem} seed {seed} failed:\n{done.stderr[-2000:]}", flush=True)
         return
     figures = json.loads((directory / "result.json").read_text())
-    figures |= {"seed": seed, "environment": json.loads((directory / "environment.json").read_text())}
+    figures |= {
+        "seed": seed,
+        "environment": json.loads((directory / "environment.json").read_text()),
+    }
     add(options.results / f"{path.stem}.json", experiment, figures)
     print(f"{path.stem} seed {seed}: {summary(figures)}", flush=True)
 
@@ -85,7 +92,9 @@ def run_one(path: Path, seed: int, options: argparse.Namespace) -> None:
 def add(path: Path, experiment: dict[str, Any], figures: dict[str, Any]) -> None:
     known = json.loads(path.read_text()) if path.exists() else {}
     runs = known["runs"] if known.get("experiment") == experiment else []
-    runs = sorted([r for r in runs if r["seed"] != figures["seed"]] + [figures], key=lambda r: r["seed"])
+    runs = sorted(
+        [r for r in runs if r["seed"] != figures["seed"]] + [figures], key=lambda r: r["seed"]
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"experiment": experiment, "runs": runs}, indent=1) + "\n")
 
@@ -95,7 +104,9 @@ def show(path: Path) -> None:
         print(f"{path.stem}: not run yet")
         return
     content = json.loads(path.read_text())
-    print(f"\n{path.stem}: {content['experiment']['recipe']} {content['experiment'].get('overrides', '')}")
+    print(
+        f"\n{path.stem}: {content['experiment']['recipe']} {content['experiment'].get('overrides', '')}"
+    )
     for run in content["runs"]:
         print(f"  seed {run['seed']}: {summary(run)}")
     runs = content["runs"]

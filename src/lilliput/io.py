@@ -94,14 +94,18 @@ def parts(model: nn.Module) -> dict[str, np.ndarray | Coded | BFloat16]:
         if codebook is not None:
             coded[weight.name] = _coded(codebook, original_of(weight), weight.value)
     return {
-        name: coded.get(name) or _to_numpy(tensor) for name, tensor in effective_state(model).items()
+        name: coded.get(name) or _to_numpy(tensor)
+        for name, tensor in effective_state(model).items()
     }
 
 
 def _coded(codebook: Codebook, centroids: Tensor, value: Tensor) -> Coded:
     codes, table = codebook.table(centroids.detach())
     if bool(((value == 0) & (table[codes.long()] != 0)).any()):  # a mask lies around the codebook
-        codes, table = torch.where(value == 0, 0, codebook.codes), torch.cat([table.new_zeros(1), centroids.detach()])
+        codes, table = (
+            torch.where(value == 0, 0, codebook.codes),
+            torch.cat([table.new_zeros(1), centroids.detach()]),
+        )
     narrow = np.uint8 if len(table) <= 256 else np.uint16
     return Coded(codes.cpu().numpy().astype(narrow), table.float().cpu().numpy())
 
@@ -126,7 +130,9 @@ def _build(structure: dict[str, Any], path: Path_) -> nn.Module:
             f"{path} does not say which network it holds, since that was not built by a registered "
             "architecture: give an instance to fill, load(path, model=YourNetwork())."
         )
-    model: nn.Module = registry.load("architecture", structure["architecture"])(**structure["arguments"])
+    model: nn.Module = registry.load("architecture", structure["architecture"])(
+        **structure["arguments"]
+    )
     return model
 
 

@@ -16,7 +16,7 @@ Example:
 """
 
 from lilliput.artifact.codecs.deep_compression import PaperColumns, paper_columns
-from lilliput.artifact.reader import Artifact, open, read
+from lilliput.artifact.reader import Artifact, is_artifact, open, read
 from lilliput.artifact.report import SizeReport, TensorReport
 from lilliput.artifact.tensors import BFloat16, Coded, Tensor
 from lilliput.artifact.writer import write
@@ -29,6 +29,7 @@ __all__ = [
     "SizeReport",
     "Tensor",
     "TensorReport",
+    "is_artifact",
     "open",
     "paper_columns",
     "read",

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from lilliput.errors import CorruptArtifact
 
+#: Table look-ups go in blocks of this many, whose temporaries stay in the cache.
+BLOCK = 1 << 14
 _UNITS: dict[int, type[np.unsignedinteger]] = {1: np.uint64, 2: np.uint32, 4: np.uint16}
 
 
@@ -112,9 +114,10 @@ def _pack_fields_of_byte(symbols: NDArray[np.uint8], width: int) -> bytes:
     if width == 8:
         return symbols.tobytes()
     fields = np.pad(symbols, (0, -len(symbols) % (8 // width))).reshape(-1, 8 // width)
-    packed = fields[:, 0]
+    packed = fields[:, 0].copy()
     for column in range(1, fields.shape[1]):
-        packed = packed << width | fields[:, column]
+        packed <<= width
+        packed |= fields[:, column]
     return packed.tobytes()
 
 
@@ -136,7 +139,7 @@ def unpack(packed: NDArray[np.uint8], width: int, count: int) -> NDArray[np.unsi
     if width == 8:
         return packed
     if width in _UNITS:  # several whole fields in a byte: one table look-up a byte
-        return _fields_of_byte(width).take(packed).view(np.uint8)[:count]
+        return _unpack_fields_of_byte(packed, width)[:count]
     padded = np.zeros(-(-count // 8) * width + 2, np.uint8)
     padded[: len(packed)] = packed
     groups = padded[:-2].reshape(-1, width)  # eight fields fill `width` bytes exactly
@@ -146,12 +149,24 @@ def unpack(packed: NDArray[np.uint8], width: int, count: int) -> NDArray[np.unsi
     return out.reshape(-1)[:count]
 
 
+def _unpack_fields_of_byte(packed: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    table = _fields_of_byte(width)
+    out = np.empty(len(packed), table.dtype)
+    for start in range(0, len(packed), BLOCK):
+        part = slice(start, start + BLOCK)
+        table.take(packed[part], out=out[part], mode="clip")
+    return out.view(np.uint8)
+
+
 def _field(groups: NDArray[np.uint8], start: int, width: int) -> NDArray[np.uint32]:
     first, last = start // 8, (start + width - 1) // 8
     value = groups[:, first].astype(np.uint32)
     for column in range(first + 1, last + 1):
-        value = value << 8 | groups[:, column]
-    return value >> (8 * (last + 1) - start - width) & ((1 << width) - 1)
+        value <<= 8
+        value |= groups[:, column]
+    value >>= 8 * (last + 1) - start - width
+    value &= (1 << width) - 1
+    return value
 
 
 @functools.cache

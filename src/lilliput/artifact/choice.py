@@ -24,7 +24,9 @@ _FEWEST_ZEROS = 0.1
 _FEWEST_BYTES = 256
 
 
-def choose(chunks: list[NDArray[np.unsignedinteger]], counts: NDArray[np.int64], plain: bool) -> str:
+def choose(
+    chunks: list[NDArray[np.unsignedinteger]], counts: NDArray[np.int64], plain: bool
+) -> str:
     """The codec for a tensor.
 
     Args:

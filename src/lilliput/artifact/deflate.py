@@ -1,4 +1,4 @@
-"""Raw deflate (RFC 1951), with an inflate that a hostile stream cannot push beyond the given size."""
+"""Raw deflate (RFC 1951), and an inflate that cannot be pushed beyond the given size."""
 
 from __future__ import annotations
 

@@ -28,10 +28,13 @@ VERSION = 1
 FEATURES: frozenset[str] = frozenset()
 SECTIONS = ("structure", "recipe", "figures")
 COMPACT_MAGIC = b"\x8aLLP"
-LARGEST_HEADER = 100_000_000
+#: Of the header, and of the JSON inside it: parsed JSON takes up to 20 times its text.
+LARGEST_HEADER = 16_000_000
 _MOST_WEIGHTS = 1 << 48
 _MOST_AXES = 32
 _SEAL = b'{"__metadata__":{"lilliput.crc32":"'
+#: Bytes at the beginning of a file that tell what it is.
+PEEK = 8 + len(_SEAL)
 _DOCUMENT = '","lilliput":'
 _CODEC_NAMES, _DTYPE_NAMES = list(CODECS), list(DTYPES)
 
@@ -131,8 +134,10 @@ def chunk_count(shape: tuple[int, ...], rows: int) -> int:
 def seal(document: Document, profile: str) -> tuple[bytes, list[str]]:
     """The header of a file, CRC included, and the names in the order of their payloads."""
     if profile == "compact":
-        return _seal_compact(document), list(document.entries)
-    return _seal_safetensors(document)
+        header, order = _seal_compact(document), list(document.entries)
+    else:
+        header, order = _seal_safetensors(document)
+    return header, order
 
 
 def _seal_safetensors(document: Document) -> tuple[bytes, list[str]]:
@@ -162,7 +167,7 @@ def _alignment(entry: Entry) -> int:
 
 def _to_json(entry: Entry) -> dict[str, Any]:
     """Short keys, and defaults left out: on a LeNet the JSON is 5 % of the file."""
-    out = {"c": entry.codec, "s": entry.shape, "d": entry.dtype, "e": entry.stored}
+    out: dict[str, Any] = {"c": entry.codec, "s": entry.shape, "d": entry.dtype, "e": entry.stored}
     out |= {"n": entry.nonzeros, "k": [number for part in entry.parts for number in part]}
     if entry.stored == entry.dtype:
         del out["e"]
@@ -171,14 +176,20 @@ def _to_json(entry: Entry) -> dict[str, Any]:
 
 
 def dump(value: Any) -> str:
-    """Compact JSON; refuses what is not JSON, NaN included."""
+    """Compact JSON; refuses what is not JSON, NaN included, and what no reader would accept."""
     try:
-        return json.dumps(value, separators=(",", ":"), allow_nan=False)
+        text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"a section of the artifact is not plain JSON: {error}. Structure, recipe and figures "
             "hold dicts, lists, strings, finite numbers, booleans and None."
         ) from error
+    if len(text) > LARGEST_HEADER // 2:  # half of it, for quotes are escaped once more
+        raise InputError(
+            f"the header has {len(text)} bytes of JSON; 8 MB is the limit. "
+            "Keep long records (structure, recipe, figures) in a file of their own."
+        )
+    return text
 
 
 def _seal_compact(document: Document) -> bytes:
@@ -201,6 +212,11 @@ def _to_bytes(entry: Entry, names: list[str]) -> bytes:
     return b"".join(map(varint, numbers)) + b"".join(table)
 
 
+def begins_like_artifact(start: bytes) -> bool:
+    """Whether the first `PEEK` bytes of a file are those of either profile."""
+    return start.startswith(COMPACT_MAGIC) or start[8:].startswith(_SEAL)
+
+
 # Reading ------------------------------------------------------------------------------------------
 
 
@@ -218,7 +234,7 @@ def unseal(file: BinaryIO, size: int) -> tuple[Document, str, int]:
         UnsupportedArtifact: for another kind of file, a future version, an unknown codec.
         CorruptArtifact: for a file that is truncated, altered or inconsistent.
     """
-    start = file.read(256)
+    start = file.read(PEEK)
     if start.startswith(COMPACT_MAGIC):
         profile, read = "compact", _unseal_compact
     elif len(start) >= 16 and start[8:].startswith(b'{"'):
@@ -241,7 +257,7 @@ def _looks_like(start: bytes) -> str:
         b"\x1f\x8b": "it looks like a gzip file",
         b"GGUF": "it looks like a GGUF file",
         b"\x93NUMPY": "it looks like a NumPy file (.npy)",
-        b"version https://git-lfs": "it is a Git LFS pointer; fetch the file itself with git lfs pull",
+        b"version https://git-lfs": "it is a Git LFS pointer; run git lfs pull",
         b"<": "it looks like an HTML or XML page, perhaps a failed download",
         b"\x08": "it may be an ONNX file",
     }
@@ -254,7 +270,7 @@ def _looks_like(start: bytes) -> str:
 def _unseal_safetensors(file: BinaryIO, size: int) -> tuple[Document, int]:
     length = int.from_bytes(file.read(8), "little")
     if length > LARGEST_HEADER:
-        raise CorruptArtifact(f"its header claims {length} bytes; 100 MB is the limit.")
+        raise CorruptArtifact(f"its header claims {length} bytes; 16 MB is the limit.")
     if 8 + length > size:
         raise CorruptArtifact(f"truncated: its header needs {8 + length} bytes of {size}.")
     text = file.read(length)
@@ -265,10 +281,14 @@ def _unseal_safetensors(file: BinaryIO, size: int) -> tuple[Document, int]:
     if text[at : at + 8] != b"%08x" % zlib.crc32(unsealed):
         raise CorruptArtifact("its header does not match its checksum: it was altered.")
     outer = _mapping(load(text), "the header")
-    inner = _mapping(load(_mapping(outer.pop("__metadata__"), "metadata").get("lilliput", "")), "the document")
+    inner = _mapping(
+        load(_mapping(outer.pop("__metadata__"), "metadata").get("lilliput", "")), "the document"
+    )
     if inner.pop("v", None) != VERSION:
         raise UnsupportedArtifact(f"its version is not {VERSION}: install a newer Lilliput.")
-    entries = {name: _from_json(value) for name, value in _mapping(inner.pop("t", None), "t").items()}
+    entries = {
+        name: _from_json(value) for name, value in _mapping(inner.pop("t", None), "t").items()
+    }
     return _document(inner, _placed(entries, outer, 8 + length)), 8 + length
 
 
@@ -288,7 +308,9 @@ def _from_json(value: Any) -> Entry:
         dtype=_text(dtype),
         stored=_text(value.get("e", dtype)),
         nonzeros=_integers([value.get("n")])[0],
-        parts=tuple(zip(numbers[::2], numbers[1::2], strict=False)) if len(numbers) % 2 == 0 else (),
+        parts=tuple(zip(numbers[::2], numbers[1::2], strict=False))
+        if len(numbers) % 2 == 0
+        else (),
         rows=_integers([value.get("r", 0)])[0],
         levels=_integers([value.get("l", 0)])[0],
         book=_text(value.get("b", "")),
@@ -312,7 +334,9 @@ def _integers(value: Any) -> tuple[int, ...]:
         raise CorruptArtifact(f"an entry says {value!r:.40} where a list of integers should stand.")
     for number in value:
         if type(number) is not int or not 0 <= number < 1 << 63:
-            raise CorruptArtifact(f"an entry says {number!r:.40} where an integer >= 0 should stand.")
+            raise CorruptArtifact(
+                f"an entry says {number!r:.40} where an integer >= 0 should stand."
+            )
     return tuple(value)
 
 
@@ -357,7 +381,9 @@ def _unseal_compact(file: BinaryIO, size: int) -> tuple[Document, int]:
     start = Bytes(file.read(min(size, 14)))
     start.take(len(COMPACT_MAGIC))
     if (version := start.byte()) != VERSION:
-        raise UnsupportedArtifact(f"its version is {version}, not {VERSION}: install a newer Lilliput.")
+        raise UnsupportedArtifact(
+            f"its version is {version}, not {VERSION}: install a newer Lilliput."
+        )
     body = start.varint()
     begin = min(size, 14) - start.left
     header = begin + body + 4
@@ -390,7 +416,14 @@ def _from_bytes(data: Bytes) -> Entry:
     names = (_numbered(_DTYPE_NAMES, number, "dtype") for number in (dtypes >> 4, dtypes & 15))
     dtype, stored = names
     return Entry(
-        _numbered(_CODEC_NAMES, codec, "codec"), shape, dtype, stored, nonzeros, parts, rows, levels,
+        _numbered(_CODEC_NAMES, codec, "codec"),
+        shape,
+        dtype,
+        stored,
+        nonzeros,
+        parts,
+        rows,
+        levels,
         book=str(book) if book else "",
     )
 
@@ -433,7 +466,9 @@ def _check_layout(spans: list[tuple[int, int]], size: int) -> None:
     following = [offset for offset, _ in spans[1:]] + [size]
     for (offset, length), after in zip(spans, following, strict=True):
         if offset + length != after:
-            raise CorruptArtifact(f"bytes {offset + length} to {after} belong to no tensor, or to two.")
+            raise CorruptArtifact(
+                f"bytes {offset + length} to {after} belong to no tensor, or to two."
+            )
 
 
 def _check(entry: Entry, entries: dict[str, Entry]) -> None:

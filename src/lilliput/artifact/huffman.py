@@ -165,4 +165,7 @@ def _windows(bits: NDArray[np.uint8]) -> NDArray[np.uint32]:
     """The 24 bits from each byte on; a hostile lane overruns by 12 * 1024 bits at most."""
     padded = np.zeros(len(bits) + LANE * LONGEST // 8 + 8, np.uint32)
     padded[: len(bits)] = bits
-    return padded[:-2] << 16 | padded[1:-1] << 8 | padded[2:]
+    window = padded[:-2] << np.uint32(16)
+    window |= padded[1:-1] << np.uint32(8)
+    window |= padded[2:]
+    return window

@@ -7,7 +7,6 @@ be told. The surprising rule: memory is bounded by the caller's `max_bytes`, not
 
 from __future__ import annotations
 
-import builtins
 import math
 import os
 import threading
@@ -15,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -22,13 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lilliput.artifact import format as layout
-from lilliput.artifact.bits import Bytes
+from lilliput.artifact.bits import BLOCK, Bytes
 from lilliput.artifact.codecs import CODECS, Decoded, Sparse
 from lilliput.artifact.format import Entry
 from lilliput.artifact.report import SizeReport, report_tensor
 from lilliput.artifact.tensors import DTYPES
 from lilliput.errors import (
-    ArtifactError,
     ArtifactTooLarge,
     CorruptArtifact,
     InputError,
@@ -39,13 +38,10 @@ from lilliput.errors import (
 MAX_BYTES = 8 << 30
 #: Bytes a weight that the decoders may take beside their result, in the worst case.
 _WORKING = 32
-_BLOCK = 1 << 13
 _Lookup = Callable[[NDArray[np.unsignedinteger]], np.ndarray]
 
 
-def open(
-    path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, threads: int = 1
-) -> Artifact:
+def open(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, threads: int = 1) -> Artifact:
     """Open a file for reading; only its header is read now.
 
     Args:
@@ -75,6 +71,12 @@ def read(
         return {name: artifact.dense(name) for name in artifact.names()}
 
 
+def is_artifact(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as an artifact does; it may still be damaged."""
+    with Path(path).open("rb") as file:
+        return layout.begins_like_artifact(file.read(layout.PEEK))
+
+
 class Artifact:
     """An open file. Use it as a context manager, or call `close`.
 
@@ -98,7 +100,7 @@ class Artifact:
         self.path = os.fspath(path)
         self._max_bytes, self._threads = max_bytes, threads
         self._lock = threading.Lock()
-        self._file: BinaryIO = builtins.open(path, "rb")  # noqa: SIM115 (closed by close)
+        self._file: BinaryIO = Path(path).open("rb")  # noqa: SIM115 (`close` closes it)
         try:
             self._size = os.fstat(self._file.fileno()).st_size
             with self._telling_where():
@@ -165,14 +167,14 @@ class Artifact:
         """
         entry = self.info(name)
         if not entry.levels:
-            raise InputError(f"tensor {name!r} has no codebook: it holds plain values. Use dense().")
+            raise InputError(
+                f"tensor {name!r} has no codebook: it holds plain values. Use dense()."
+            )
         out = self._zeros(name, entry.shape, f"u{entry.itemsize}")
         self._fill(name, range(len(entry.parts)), out, lambda symbols: symbols)
         return out, self._codebook(name)
 
-    def csr(
-        self, name: str
-    ) -> tuple[np.ndarray, NDArray[np.int64], NDArray[np.int64]]:
+    def csr(self, name: str) -> tuple[np.ndarray, NDArray[np.int64], NDArray[np.int64]]:
         """A tensor as compressed sparse rows: first axis by all others.
 
         Returns:
@@ -209,11 +211,13 @@ class Artifact:
 
     def report(self) -> SizeReport:
         """The size of each tensor beside its order-0 entropy; decodes all that have a codebook."""
-        tensors = (report_tensor(name, entry, self._counts(name)) for name, entry in self._entries.items())
+        tensors = (
+            report_tensor(name, entry, self._counts(name)) for name, entry in self._entries.items()
+        )
         return SizeReport(
             path=self.path,
             profile=self.profile,
-            file_bytes=os.path.getsize(self.path),
+            file_bytes=Path(self.path).stat().st_size,
             header_bytes=self.header_bytes,
             tensors=tuple(tensors),
         )
@@ -349,7 +353,7 @@ def _place(decoded: Decoded, out: np.ndarray, lookup: _Lookup) -> None:
     symbols = decoded.symbols if isinstance(decoded, Sparse) else decoded
     if isinstance(decoded, Sparse) and (zero := lookup(np.zeros(1, symbols.dtype))[0]) != 0:
         out.fill(zero)
-    for start in range(0, len(symbols), _BLOCK):  # blocks that stay in the cache
-        part = slice(start, start + _BLOCK)
+    for start in range(0, len(symbols), BLOCK):
+        part = slice(start, start + BLOCK)
         where = decoded.positions[part] if isinstance(decoded, Sparse) else part
         out[where] = lookup(symbols[part])

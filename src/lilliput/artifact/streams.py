@@ -28,14 +28,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lilliput.artifact.bits import Bytes, pack, packed_size, unpack, varint, width_of
+from lilliput.artifact.bits import BLOCK, Bytes, pack, packed_size, unpack, varint, width_of
 from lilliput.artifact.deflate import HUFFMAN_ONLY, deflate, inflate
 from lilliput.errors import CorruptArtifact
 
 _STORED, _SPLIT = 0, 0x40
 _LOW_BITS = (1, 2, 4)
 _SAMPLE = 1 << 16
-_BLOCK = 1 << 15
 #: A mode with fewer bytes to inflate may be this much larger: the price of decoding twice as fast.
 _TOLERANCE = 1.004
 
@@ -75,8 +74,13 @@ def _encode(data: NDArray[np.uint8], mode: int) -> bytes:
     low = mode & 15
     by_rank = np.argsort(-np.bincount(data, minlength=256), kind="stable").astype(np.uint8)
     ranks = np.argsort(by_rank).astype(np.uint8)[data]
-    lows = pack(ranks & ((1 << low) - 1), low)
-    return bytes([mode]) + by_rank[: 16 << low].tobytes() + _deflated(ranks >> low, 4) + lows
+    lows = pack(np.bitwise_and(ranks, (1 << low) - 1), low)
+    return (
+        bytes([mode])
+        + by_rank[: 16 << low].tobytes()
+        + _deflated(np.right_shift(ranks, low), 4)
+        + lows
+    )
 
 
 def _deflated(symbols: NDArray[np.uint8], width: int) -> bytes:
@@ -123,8 +127,8 @@ def _join(
     high: NDArray[np.uint8], low: NDArray[np.uint8], table: NDArray[np.uint16], shift: int
 ) -> NDArray[np.uint8]:
     out = np.empty(len(high), np.uint16)
-    for start in range(0, len(high), _BLOCK):  # blocks that stay in the cache
-        part = slice(start, start + _BLOCK)
+    for start in range(0, len(high), BLOCK):
+        part = slice(start, start + BLOCK)
         pairs = high[part].astype(np.uint16) << shift | low[part]
         table.take(pairs, out=out[part], mode="clip")
     return out.view(np.uint8)

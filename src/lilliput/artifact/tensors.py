@@ -60,7 +60,9 @@ class Coded:
             kind, shape = self.codebook.dtype, self.codebook.shape
             raise InputError(f"the codebook is {kind} of shape {shape}; give float32, one axis.")
         if not 1 <= len(self.codebook) <= 1 << 16:
-            raise InputError(f"a codebook has 1 to 65,536 values; this one has {len(self.codebook)}.")
+            raise InputError(
+                f"a codebook has 1 to 65,536 values; this one has {len(self.codebook)}."
+            )
         if self.codes.size and self.codes.max() >= len(self.codebook):
             raise InputError(
                 f"code {self.codes.max()} has no value: the codebook has {len(self.codebook)}."
@@ -118,21 +120,23 @@ def to_symbols(name: str, tensor: Tensor, floats: str) -> Symbols:
         small = np.uint8 if len(book) <= 256 else np.uint16
         codes = np.ascontiguousarray(tensor.codes, small).reshape(-1)
         return Symbols(codes, tensor.shape, "F32", _NAMES[book.dtype], book)
-    values, dtype = (tensor.bits, "BF16") if isinstance(tensor, BFloat16) else (tensor, "")
-    if values.dtype.newbyteorder("<") not in _NAMES:
-        raise InputError(
-            f"tensor {name!r} is {values.dtype}, which an artifact cannot hold. "
-            f"Convert it to one of: {', '.join(str(kind) for kind in _NAMES)}."
-        )
-    values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+    if isinstance(tensor, BFloat16):
+        bits = np.ascontiguousarray(tensor.bits).reshape(-1)
+        return Symbols(bits, tensor.bits.shape, "BF16", "BF16")
+    values = _little_endian(name, tensor)
     stored = _shrink(values, floats)
-    dtype, kept = dtype or _NAMES[values.dtype], dtype or _NAMES[stored.dtype]
-    return Symbols(stored.reshape(-1).view(f"<u{stored.itemsize}"), tensor_shape(tensor), dtype, kept)
+    bits = stored.reshape(-1).view(np.dtype(f"<u{stored.itemsize}"))
+    return Symbols(bits, tensor.shape, _NAMES[values.dtype], _NAMES[stored.dtype])
 
 
-def tensor_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of any tensor that a writer takes."""
-    return tensor.bits.shape if isinstance(tensor, BFloat16) else tensor.shape
+def _little_endian(name: str, tensor: np.ndarray) -> np.ndarray:
+    kind = np.asarray(tensor).dtype.newbyteorder("<")
+    if not isinstance(tensor, np.ndarray) or kind not in _NAMES:
+        raise InputError(
+            f"tensor {name!r} is {type(tensor).__name__} of {kind}, which an artifact cannot hold. "
+            f"Give Coded, BFloat16, or an array of {', '.join(str(kind) for kind in _NAMES)}."
+        )
+    return np.ascontiguousarray(tensor, kind)
 
 
 def _shrink(values: np.ndarray, floats: str) -> np.ndarray:

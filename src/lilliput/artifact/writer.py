@@ -24,7 +24,7 @@ from lilliput.artifact.choice import choose
 from lilliput.artifact.codecs import CODECS, SPARSE, Codec
 from lilliput.artifact.codecs.deep_compression import WIDEST, DeepCompression
 from lilliput.artifact.report import SizeReport, report_tensor
-from lilliput.artifact.tensors import Symbols, Tensor, to_symbols
+from lilliput.artifact.tensors import DTYPES, Symbols, Tensor, to_symbols
 from lilliput.errors import ArtifactError, InputError, UnknownName
 
 CHUNK_WEIGHTS = 1 << 20
@@ -102,13 +102,13 @@ def write(
         {name: item.entry for name, item in encoded.items()},
         {key: value for key, value in sections.items() if value is not None},
     )
-    profile = _resolve(profile, path, document)
-    header, order = layout.seal(document, profile)
+    chosen = _resolve(profile, path, document)
+    header, order = layout.seal(document, chosen)
     _write_atomically(Path(path), _stream(header, order, encoded))
     return SizeReport(
         path=os.fspath(path),
-        profile=profile,
-        file_bytes=os.path.getsize(path),
+        profile=chosen,
+        file_bytes=Path(path).stat().st_size,
         header_bytes=len(header),
         tensors=tuple(report_tensor(n, item.entry, item.counts) for n, item in encoded.items()),
     )
@@ -201,7 +201,7 @@ def _count(chunks: list[NDArray[np.unsignedinteger]], symbols: Symbols) -> NDArr
 
 def _nonzeros(symbols: Symbols, counts: NDArray[np.int64]) -> int:
     if symbols.codebook is None:
-        values = symbols.flat.view(layout.DTYPES[symbols.stored])
+        values = symbols.flat.view(DTYPES[symbols.stored])
         return int(counts[1]) - int(np.count_nonzero(symbols.flat) - np.count_nonzero(values))
     return int(counts[symbols.codebook != 0].sum())
 

@@ -1,8 +1,8 @@
-"""The command line: one file a verb, imported when the verb is used, and torch only where a verb needs it.
+"""The command line: one file a verb, imported when it is used, torch only where a verb needs it.
 
-The surprising rule: the overview that ``lilliput --help`` prints is put together here from ``VERBS``.
-The help of each verb is cyclopts' work, made from the verb's docstring, but listing the verbs through
-it would import all of them, and cyclopts with rich alone takes a tenth of the time that torch takes.
+The surprising rule: the overview that ``lilliput --help`` prints is put together from ``VERBS`` here.
+The help of each verb is cyclopts' work, made from the verb's docstring, but listing the verbs
+through it would import all of them, and cyclopts with rich alone takes a tenth of torch's time.
 """
 
 from __future__ import annotations
@@ -13,25 +13,29 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .. import __version__
+from ..errors import UnknownName
 
 if TYPE_CHECKING:
     from cyclopts import App
 
 VERBS = {
     "demo": ("demo:demo", "Train and compress a small network in under a minute."),
-    "list": ("list:list_entries", "List methods, architectures, tasks and recipes."),
+    "list": ("list_:list_entries", "List methods, architectures, tasks and recipes."),
     "show": ("show:show", "Explain a method, architecture, task, recipe or compressed file."),
     "init": ("init:init", "Write a commented recipe to start from."),
     "validate": ("validate:validate", "Check a recipe, and print what it resolves to."),
     "run": ("run:run", "Run a recipe, or go on with it where it was interrupted."),
-    "profile": ("profile:profile", "Measure a network: size, MACs, memory, energy, latency, sensitivity."),
+    "profile": ("profile:profile", "Measure a network: size, work, memory, latency, sensitivity."),
     "report": ("report:report", "Write an HTML report of one run, or a comparison of several."),
-    "doctor": ("doctor:doctor", "Check this machine: versions, processor, packages, data sets, disk."),
+    "doctor": ("doctor:doctor", "Check this machine: versions, packages, data sets, disk."),
 }
 
-EXIT_CODES = """Exit codes: 0 done; 1 an error of the run, a file or the machine; 2 wrong usage or bad \
-input; 3 a condition under the recipe's 'expect' does not hold; 130 interrupted (Ctrl-C). Errors are one \
-message on stderr, or with --json one object on stdout; LILLIPUT_TRACEBACK=1 adds the traceback."""
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 an error of the run, a file or the machine; 2 wrong usage or bad input; "
+    "3 a condition under the recipe's 'expect' does not hold; 130 interrupted (Ctrl-C). Errors are "
+    "one message on stderr, or with --json one object on stdout; LILLIPUT_TRACEBACK=1 adds the "
+    "traceback."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,11 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; by default those of the process.
 
     Returns:
-        0 done; 1 an error of the run, a file or the machine; 2 wrong usage or bad input; 3 a condition
-        under the recipe's ``expect`` does not hold; 130 interrupted.
+        The code, as ``EXIT_CODES`` explains.
 
     Example:
-        >>> main(["list", "tasks", "--jsn"])
+        >>> main(["init", "my_recipe.txt", "--json"])
+        {
+          "error": "InputError",
+          "message": "my_recipe.txt should end in .yaml, so that a run takes it for a file."
+        }
         2
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -77,6 +84,10 @@ def overview() -> str:
 
 def _dispatch(arguments: list[str]) -> int:
     """Let cyclopts parse the arguments and call the verb, whose result is the exit code."""
+    verb = arguments[0]
+    if verb not in VERBS and not verb.startswith("-"):
+        # cyclopts knows this error too, but imports every verb, and torch, to word it.
+        raise UnknownName("verb", verb, VERBS)
     code = _app()(
         arguments, exit_on_error=False, print_error=False, result_action="return_value"
     )
@@ -102,7 +113,7 @@ def _app() -> App:
 
 
 def _find_local_modules() -> None:
-    """Let ``package.module:function`` be found beside the user, last, so that it shadows nothing."""
+    """Let ``package.module:function`` be found where the user is, last: it must shadow nothing."""
     here = os.getcwd()  # noqa: PTH109 - pathlib would cost its import
     if "" not in sys.path and here not in sys.path:
         sys.path.append(here)

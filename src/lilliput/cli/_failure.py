@@ -1,7 +1,7 @@
 """Errors as the user meets them: one clear message, its kind, and an exit code.
 
-What Lilliput raises on purpose, wrong usage, failing disks and Ctrl-C are told in a sentence. Anything
-else is a bug, here or in the user's own module, and keeps its traceback.
+What Lilliput raises on purpose, wrong usage, failing disks and Ctrl-C are told in a sentence.
+Anything else is a bug, here or in the user's own module, and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ..errors import InputError, LilliputError
 from ._print import leads, print_json
 
 _INTERRUPTED = (
-    "interrupted. What was finished is kept: a run goes on where it stopped when the same command is "
-    "given again."
+    "interrupted. What was finished is kept: give the same command again, and a run goes on where "
+    "it stopped."
 )
 
 

@@ -1,7 +1,7 @@
 """What the verbs print: results on stdout, everything else on stderr.
 
-Tables are aligned plainly, so that they cost no import and reach a pipe or a log as they are. Of the
-processes that torchrun starts, only the first prints.
+Tables are aligned plainly, so that they cost no import and reach a pipe or a log as they are. Of
+the processes that torchrun starts, only the first prints.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from .run import run
 def demo(*, directory: Path | None = None, fresh: bool = False, json: bool = False) -> int:
     """Train and compress a small network in under a minute.
 
-    Runs the recipe digits_deep_compression on scikit-learn's handwritten digits: train, sparsify while
-    the dense network teaches, let the weights share values, and code the file.
+    Runs the recipe digits_deep_compression on scikit-learn's handwritten digits: train, sparsify
+    while the dense network teaches, let the weights share values, and code the file.
 
     Args:
         directory: the run directory; by default one below runs.

@@ -59,7 +59,7 @@ def init(recipe: Path, /, *, from_: str | None = None, json: bool = False) -> in
         json: print one JSON object with the file's path.
     """
     if recipe.suffix not in (".yaml", ".yml"):
-        raise InputError(f"{recipe} should end in .yaml, so that `lilliput run` takes it for a file.")
+        raise InputError(f"{recipe} should end in .yaml, so that a run takes it for a file.")
     _write_new(recipe, TEMPLATE if from_ is None else _shipped(from_))
     if json:
         print_json({"recipe": str(recipe)})
@@ -70,7 +70,7 @@ def init(recipe: Path, /, *, from_: str | None = None, json: bool = False) -> in
 
 def _shipped(name: str) -> str:
     path = registry.find("recipe", name).path
-    assert path is not None  # noqa: S101 - recipes are files
+    assert path is not None  # recipes are files
     return path.read_text(encoding="utf-8")
 
 

@@ -1,13 +1,12 @@
 """``lilliput run``: a recipe from start to end, or from where it was interrupted.
 
-The surprising rule: with ``--json`` everything that a model or a task prints goes to stderr, so that
-stdout holds exactly one JSON object.
+The surprising rule: with ``--json`` everything that a model or a task prints goes to stderr, so
+that stdout holds exactly one JSON object.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,8 @@ def run(
     Args:
         recipe: a file, or the name of a shipped recipe.
         overrides: dotted key=value pairs, for example stages.0.train.epochs=3.
-        directory: the run directory; by default runs/NAME-FINGERPRINT, which depends on the recipe and
-            the overrides, so that the same command goes on with the same run.
+        directory: the run directory; by default runs/NAME-FINGERPRINT, which depends on the recipe
+            and the overrides, so that the same command goes on with the same run.
         fresh: throw away an earlier run in the directory.
         no_report: do not write the HTML report.
         tensorboard: write TensorBoard events into the run directory as well.
@@ -62,7 +61,7 @@ def run(
 
 def _execute(
     recipe: str,
-    overrides: Sequence[str],
+    overrides: tuple[str, ...],
     directory: Path | None,
     fresh: bool,
     tensorboard: bool,

@@ -15,8 +15,8 @@ from ._print import print_json, print_text
 def validate(recipe: str, /, *overrides: str, json: bool = False) -> int:
     """Check a recipe, and print what it resolves to.
 
-    Neither data nor weights are read. The YAML that is printed leaves out what is at its default; the
-    JSON holds every setting.
+    Neither data nor weights are read. The YAML that is printed leaves out what is at its default;
+    the JSON holds every setting.
 
     Args:
         recipe: a file, or the name of a shipped recipe.

@@ -106,7 +106,9 @@ def entries(kind: str) -> dict[str, Entry]:
     if kind not in KINDS:
         raise UnknownName("kind of entry", kind, KINDS)
     shipped = _shipped_recipes() if kind == "recipe" else _scan(kind)
-    return dict(sorted({**shipped, **{n: e for (k, n), e in _announced.items() if k == kind}}.items()))
+    return dict(
+        sorted({**shipped, **{n: e for (k, n), e in _announced.items() if k == kind}}.items())
+    )
 
 
 def find(kind: str, name: str) -> Entry:
@@ -151,7 +153,9 @@ def import_object(reference: str) -> Any:
 
 def _announce(kind: str, thing: F) -> F:
     name = _snake(thing.__name__)
-    if thing.__module__.startswith("lilliput.") and not thing.__module__.startswith("lilliput.testing"):
+    if thing.__module__.startswith("lilliput.") and not thing.__module__.startswith(
+        "lilliput.testing"
+    ):
         return thing  # shipped entries are found in the source text
     module_doc = getattr(inspect.getmodule(thing), "__doc__", None) or ""
     _announced[kind, name] = Entry(
@@ -206,7 +210,9 @@ def _papers(doc: str) -> tuple[Paper, ...]:
         return " ".join((value or "").split())
 
     return tuple(
-        Paper(tidy(m["title"]), tidy(m["authors"]), tidy(m["venue"]), int(m["year"]), tidy(m["link"]))
+        Paper(
+            tidy(m["title"]), tidy(m["authors"]), tidy(m["venue"]), int(m["year"]), tidy(m["link"])
+        )
         for m in _PAPER.finditer(doc)
     )
 

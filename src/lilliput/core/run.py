@@ -145,5 +145,7 @@ class Run:
         if isinstance(reference, nn.Module):
             return copy.deepcopy(reference)
         if self.build is None:
-            raise InputError(f"{reference!r} can be built only from a recipe: give a module instead.")
+            raise InputError(
+                f"{reference!r} can be built only from a recipe: give a module instead."
+            )
         return self.build(reference)

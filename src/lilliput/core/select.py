@@ -19,7 +19,14 @@ from torch.nn.utils import parametrize
 from ..errors import InputError, NothingMatched, did_you_mean
 from .types import Layers
 
-_KINDS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+_KINDS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
 
 
 @dataclass(frozen=True, eq=False)

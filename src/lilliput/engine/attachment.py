@@ -31,7 +31,13 @@ class Attachment:
     """
 
     def __init__(
-        self, model: nn.Module, methods: Sequence[Method], *, steps: int, task: Task | None, seed: int
+        self,
+        model: nn.Module,
+        methods: Sequence[Method],
+        *,
+        steps: int,
+        task: Task | None,
+        seed: int,
     ) -> None:
         for method in methods:
             _refuse_own_step(method)
@@ -70,7 +76,9 @@ class Attachment:
             output: the model's output for the batch.
         """
         if self.run.batch.inputs is None:
-            raise InputError("call batch(inputs, target) before loss(): the methods need the inputs.")
+            raise InputError(
+                "call batch(inputs, target) before loss(): the methods need the inputs."
+            )
         self.run.output = output
         weight = math.prod(hook(self.run) for hook in self._hooks.task_weight)
         terms = [] if task_loss is None or weight == 0 else [weight * task_loss]

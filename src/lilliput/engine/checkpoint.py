@@ -75,7 +75,9 @@ def _take_apart(node: Any, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = node.detach().cpu().contiguous().clone()
         return {"$tensor": name}
     if isinstance(node, dict):
-        return {"$dict": [[_take_apart(k, tensors), _take_apart(v, tensors)] for k, v in node.items()]}
+        return {
+            "$dict": [[_take_apart(k, tensors), _take_apart(v, tensors)] for k, v in node.items()]
+        }
     if isinstance(node, tuple):
         return {"$tuple": [_take_apart(v, tensors) for v in node]}
     if isinstance(node, list):

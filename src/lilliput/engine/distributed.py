@@ -65,10 +65,14 @@ def share(batch: Batch) -> Batch:
         if not isinstance(x, Tensor) or x.ndim == 0:
             return x
         if len(x) < world():
-            raise InputError(f"a batch of {len(x)} samples cannot be shared by {world()} processes.")
+            raise InputError(
+                f"a batch of {len(x)} samples cannot be shared by {world()} processes."
+            )
         return x[rank() :: world()]
 
-    return Batch(*(pytree.tree_map(cut, part) for part in (batch.inputs, batch.target, batch.index)))
+    return Batch(
+        *(pytree.tree_map(cut, part) for part in (batch.inputs, batch.target, batch.index))
+    )
 
 
 def mean(value: Tensor) -> Tensor:

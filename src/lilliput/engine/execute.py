@@ -151,7 +151,9 @@ class _Execution:
             watcher.stage_begins(run, stage)
         if stage.train.epochs:
             Training(run, stage.train, self.home, self.watchers).train_all()
-        changes = [change for method in reversed(run.methods) for change in finish_method(method, run)]
+        changes = [
+            change for method in reversed(run.methods) for change in finish_method(method, run)
+        ]
         for parameter in frozen:
             parameter.requires_grad_(True)
         self._close_stage(stage, changes)
@@ -167,7 +169,9 @@ class _Execution:
         seed_all(run.seed, number, deterministic=self.job.deterministic)
         if stage.methods and run.original is None:
             score = evaluate(run.model, run.task.reported, run.task.score, run.device)
-            self.home.save("original", {"model": run.model.state_dict(), "figures": {"score": score}})
+            self.home.save(
+                "original", {"model": run.model.state_dict(), "figures": {"score": score}}
+            )
             self._set_original({"score": score})
 
     def _close_stage(self, stage: Stage, changes: list[Change]) -> None:
@@ -190,7 +194,13 @@ class _Execution:
         if self.home.leader:
             path.parent.mkdir(parents=True, exist_ok=True)
             description = self.job.description
-            io.save(self.run.model, path, settings=self.job.artifact, recipe=description, figures=figures)
+            io.save(
+                self.run.model,
+                path,
+                settings=self.job.artifact,
+                recipe=description,
+                figures=figures,
+            )
         distributed.barrier()
         empty = bake(copy.deepcopy(self.run.model)).cpu()
         return io.load(path, model=empty).to(self.run.device)

@@ -51,7 +51,11 @@ def build_optimizer(train: Train, parameters: Iterable[nn.Parameter]) -> torch.o
         )
     parameters = list(parameters)
     # One fused pass over all parameters; the arithmetic is the same.
-    if "fused" in known and not options.get("foreach") and all(p.is_floating_point() for p in parameters):
+    if (
+        "fused" in known
+        and not options.get("foreach")
+        and all(p.is_floating_point() for p in parameters)
+    ):
         options.setdefault("fused", True)
     optimizer: torch.optim.Optimizer = cls(parameters, **options)
     return optimizer

@@ -22,7 +22,6 @@ from ..core.task import evaluate
 from ..errors import InputError, LilliputError
 from ..measure import latency, macs, size
 
-_COLUMNS = ("P", "P+Q", "P+Q+H")
 _CONDITION = re.compile(r"^\s*(<=|>=|<|>|==)\s*(-?[0-9.]+(?:e-?[0-9]+)?)\s*$")
 
 
@@ -53,7 +52,9 @@ class Result:
         directory: Path,
     ) -> Result:
         """Put the stages' records together."""
-        last = {k: v for k, v in records[-1].items() if k not in ("name", "methods", "epochs", "layers")}
+        last = {
+            k: v for k, v in records[-1].items() if k not in ("name", "methods", "epochs", "layers")
+        }
         figures = {
             **last,
             "baseline_score": baseline["score"],
@@ -93,7 +94,7 @@ def stage_record(
     counted, example = size(loaded), run.task.example_inputs()
     on_disk, dense_bytes = path.stat().st_size, size(dense).dense_bytes
     with artifact.open(path) as file:
-        report = file.report()
+        report, columns = file.report(), _columns(file)
     score = evaluate(loaded, run.task.reported, run.task.score, run.device)
     return {
         "name": stage.name,
@@ -110,7 +111,7 @@ def stage_record(
         "dense_bytes": dense_bytes,
         "size_ratio": dense_bytes / on_disk,
         "entropy_bytes": report.entropy_bytes,
-        "deep_compression": _columns(report),
+        "deep_compression": columns,
         **_compute(loaded.cpu(), dense, example, run),
         "artifact": str(path.relative_to(run.directory)) if run.directory else str(path),
         "layers": [_layer(tensor) for tensor in report.tensors],
@@ -145,15 +146,33 @@ def _expectation(name: str, condition: str, figures: dict[str, Any]) -> dict[str
         known = ", ".join(k for k, v in figures.items() if isinstance(v, int | float))
         raise InputError(f"expect.{name}: there is no such figure. Known: {known}.")
     holds = {
-        "<=": value <= bound, ">=": value >= bound, "<": value < bound, ">": value > bound,
+        "<=": value <= bound,
+        ">=": value >= bound,
+        "<": value < bound,
+        ">": value > bound,
         "==": value == bound,
     }[operator]
     return {"figure": name, "condition": condition, "value": value, "holds": holds}
 
 
-def _columns(report: artifact.SizeReport) -> dict[str, int] | None:
-    """The paper's three columns, in bytes, over all tensors; what is not pruned counts as it is."""
-    return None
+def _columns(file: artifact.Artifact) -> dict[str, int] | None:
+    """Deep Compression's three columns in bytes: pruned; with shared values; Huffman-coded.
+
+    Tensors without a codebook (biases) count as they lie in the file. None where no tensor has one.
+    """
+    coded = [name for name in file.names() if file.info(name).levels]
+    if not coded:
+        return None
+    rest = sum(t.bytes for t in file.report().tensors if t.name not in coded)
+    columns = []
+    for name in coded:
+        codes, codebook = file.codes(name)
+        columns.append(artifact.paper_columns(codes, len(codebook)))
+    return {
+        "P": rest + sum(c.pruned for c in columns),
+        "P+Q": rest + sum(c.quantized for c in columns),
+        "P+Q+H": rest + sum(c.coded for c in columns),
+    }
 
 
 def _compute(loaded: nn.Module, dense: nn.Module, example: Any, run: Run) -> dict[str, Any]:
@@ -163,8 +182,15 @@ def _compute(loaded: nn.Module, dense: nn.Module, example: Any, run: Run) -> dic
         both = {"dense": dense.cpu(), "model": loaded}
         ratio = latency(both, example, seconds=0.5).models["model"].ratio.median
         figures = {"macs": work.total, "sparse_macs": work.sparse_macs, "latency_ratio": ratio}
-    except LilliputError as error:  # a network that cannot run alone is still worth its other figures
-        figures = {"macs": None, "sparse_macs": None, "latency_ratio": None, "unmeasured": str(error)}
+    except (
+        LilliputError
+    ) as error:  # a network that cannot run alone is still worth its other figures
+        figures = {
+            "macs": None,
+            "sparse_macs": None,
+            "latency_ratio": None,
+            "unmeasured": str(error),
+        }
     finally:
         dense.to(run.device)
     return figures

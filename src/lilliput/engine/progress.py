@@ -112,7 +112,9 @@ class TensorBoard(Watcher):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise MissingDependency("tensorboard", "tensorboard", "writing TensorBoard events") from error
+            raise MissingDependency(
+                "tensorboard", "tensorboard", "writing TensorBoard events"
+            ) from error
         self.writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
 
     def epoch_done(self, run: Run, figures: dict[str, Any]) -> None:

@@ -75,7 +75,9 @@ def validate(content: Any, where: str = "recipe") -> Recipe:
             optimizer_class(stage.train.optimizer)
         except UnknownName as error:
             place = ("stages", number, "train", "optimizer")
-            raise RecipeError(f"{_line(content, place, where)} {_dotted(place)}: {error}") from error
+            raise RecipeError(
+                f"{_line(content, place, where)} {_dotted(place)}: {error}"
+            ) from error
     for name, condition in recipe.expect.items():
         check_condition(name, condition)
     return recipe
@@ -208,7 +210,9 @@ def _descend(node: Any, part: str, override: str) -> Any:
 
 def _index(node: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise RecipeError(f"the override {override!r}: {part!r} is not one of 0 to {len(node) - 1}.")
+        raise RecipeError(
+            f"the override {override!r}: {part!r} is not one of 0 to {len(node) - 1}."
+        )
     return int(part)
 
 

@@ -188,7 +188,9 @@ def _first_difference(known: Any, asked: Any, where: str = "") -> str:
     if isinstance(known, dict) and isinstance(asked, dict):
         for key in [*known, *asked]:
             if known.get(key) != asked.get(key):
-                return _first_difference(known.get(key), asked.get(key), f"{where}.{key}".lstrip("."))
+                return _first_difference(
+                    known.get(key), asked.get(key), f"{where}.{key}".lstrip(".")
+                )
     if isinstance(known, list) and isinstance(asked, list) and len(known) == len(asked):
         for place, (a, b) in enumerate(zip(known, asked, strict=True)):
             if a != b:

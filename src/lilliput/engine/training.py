@@ -127,7 +127,9 @@ class Training:
     def _save(self) -> None:
         """Everything that another process needs to go on at this very step."""
         run, loop = self.run, self.loop
-        players = {n: [p.network.state_dict(), p.optimizer.state_dict()] for n, p in run.players.items()}
+        players = {
+            n: [p.network.state_dict(), p.optimizer.state_dict()] for n, p in run.players.items()
+        }
         tree = {
             "place": [run.stage, run.epoch, run.step, self.done],
             "model": run.model.state_dict(),

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from ..core.select import Weight, weights
 from ..errors import UnknownName
+from . import clustering
 
 E = TypeVar("E", bound="Encoding")
 
@@ -146,6 +147,28 @@ class Codebook(Encoding):
         )
         self._start = centroids.detach().clone()
         self._members: tuple[Tensor, Tensor | None] | None = None
+
+    @classmethod
+    def fitted(cls, value: Tensor, bits: int, init: clustering.Init, seed: int = 0) -> Codebook:
+        """Cluster the non-zero entries of a weight so that a code fits into ``bits`` bits.
+
+        Where the weight has zeros, one code is theirs.
+        """
+        flat = value.detach().cpu().reshape(-1)
+        places = flat.nonzero().view(-1)
+        clusters = 2**bits - (len(places) < len(flat))
+        found = clustering.kmeans(flat[places].numpy(), clusters, init=init, seed=seed)
+        codes = torch.zeros(len(flat), dtype=torch.int32)
+        codes[places] = torch.from_numpy(found.codes.astype("int32")) + 1
+        centroids = torch.from_numpy(found.centroids).to(value.device)
+        return cls(
+            torch.zeros_like(value, dtype=torch.int32).copy_(codes.view(value.shape)), centroids
+        )
+
+    @property
+    def start(self) -> Tensor:
+        """The centroids from which training starts, shape ``(clusters,)``."""
+        return self._start
 
     def settings(self) -> dict[str, Any]:
         """How many centroids there are."""

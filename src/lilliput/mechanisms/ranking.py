@@ -39,6 +39,4 @@ def keep_largest_together(scores: list[Tensor], sparsity: float) -> list[Tensor]
     for s, end in zip(scores, ends, strict=True):
         protected[end - s.numel() + int(s.argmax())] = torch.inf
     masks = keep_largest(protected, sparsity)
-    return [
-        masks[end - s.numel() : end].view(s.shape) for s, end in zip(scores, ends, strict=True)
-    ]
+    return [masks[end - s.numel() : end].view(s.shape) for s, end in zip(scores, ends, strict=True)]

@@ -117,7 +117,7 @@ def bytes_by_layer(run: RunData) -> Figure:
     totals = [sum(column) for column in zip(*columns, strict=True)]
     _label_bars(drawing, totals, rows, [f"{count(total)} B" for total in totals])
     return Figure(
-        f"Bytes by layer after “{_text(stage['name'])}”",
+        f"Bytes by layer after “{stage['name']}”",
         "Where the last stage's bytes are. A bar that ends at its diamond is coded as well as single "
         "weights can be." + _left_out(run, layers),
         drawing,

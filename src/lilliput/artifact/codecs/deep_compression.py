@@ -142,9 +142,7 @@ class PaperColumns:
     coded: int
 
 
-def paper_columns(
-    codes: Symbols, levels: int, index_bits: int | None = None
-) -> PaperColumns:
+def paper_columns(codes: Symbols, levels: int, index_bits: int | None = None) -> PaperColumns:
     """The paper's columns P, P+Q and P+Q+H for one tensor.
 
     Args:

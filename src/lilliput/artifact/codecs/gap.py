@@ -59,19 +59,17 @@ def _best_escape(runs: NDArray[np.int64]) -> int:
 
 
 def _run_bytes(runs: NDArray[np.int64], escape: int) -> NDArray[np.uint8]:
-    escapes = runs // escape
-    ends = np.cumsum(escapes + 1) - 1
-    out = np.full(len(runs) + int(escapes.sum()), escape, np.uint8)
-    out[ends] = runs % escape
-    return out
+    long = np.flatnonzero(runs >= escape)
+    short = runs.astype(np.uint8)
+    short[long] = runs[long] % escape
+    return np.insert(short, np.repeat(long, runs[long] // escape), escape)
 
 
 def _positions(runs: NDArray[np.uint8], escape: int, nonzeros: int) -> NDArray[np.int64]:
     has_symbol = runs < escape
     if np.count_nonzero(has_symbol) != nonzeros or runs.max(initial=0) > escape:
         raise CorruptArtifact(f"the runs do not end in {nonzeros} symbols.")
-    steps = runs.astype(np.int64)
-    steps += has_symbol
+    steps = (runs + has_symbol.view(np.uint8)).astype(np.int64)  # at most 255: no overflow
     if len(steps):
         steps[0] -= 1
     ends = np.cumsum(steps, out=steps)

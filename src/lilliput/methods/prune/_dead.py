@@ -67,7 +67,9 @@ def _dead_channels(
 
     for weight in weights:
         positive.get_submodule(weight.layer).register_forward_hook(watch(weight.layer))
-    ones = pytree.tree_map(lambda t: torch.ones_like(t[:1]).double() if t.is_floating_point() else t[:1], inputs)
+    ones = pytree.tree_map(
+        lambda t: torch.ones_like(t[:1]).double() if t.is_floating_point() else t[:1], inputs
+    )
     with torch.enable_grad():
         outputs = [t for t in pytree.tree_leaves(call(positive, ones)) if isinstance(t, Tensor)]
         torch.stack([t.sum() for t in outputs]).sum().backward()  # type: ignore[no-untyped-call]

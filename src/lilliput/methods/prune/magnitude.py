@@ -32,7 +32,7 @@ from ...core.method import Method
 from ...core.registry import method
 from ...core.run import Run
 from ...core.select import Weight, select
-from ...core.types import Change, Layers, PerLayer, Positive, Sparsity, resolve
+from ...core.types import Change, Fraction, Layers, PerLayer, Positive, Sparsity, resolve
 from ...errors import InputError
 from ...mechanisms.encodings import Mask, reapply, stored_masks
 from ...mechanisms.ranking import keep_largest, keep_largest_together
@@ -65,7 +65,8 @@ class Magnitude(Method):
         threshold: quality factor q, in standard deviations of the dense layer; instead of sparsity.
         scope: rank the weights of each layer by themselves, or of all layers together (sparsity only).
         layers: pattern over module names.
-        rounds: how often the stage prunes, at even distances, each time retraining afterwards.
+        rounds: how often the stage prunes, each time retraining afterwards.
+        until: part of the stage over which the rounds are spread; the rest is the last retraining.
         correct_dropout: weaken the dropout that follows a pruned layer.
         remove_dead: cut the other connections of neurons that have lost all inputs or all outputs.
 
@@ -81,6 +82,7 @@ class Magnitude(Method):
     scope: Literal["layer", "global"] = "layer"
     layers: Layers = "*"
     rounds: Annotated[int, Field(ge=1)] = 1
+    until: Fraction = 0.5
     correct_dropout: bool = True
     remove_dead: bool = True
 
@@ -144,8 +146,8 @@ class Magnitude(Method):
 
     def _prune_if_due(self, run: Run) -> None:
         memory = self.memory(run)
-        progress = run.progress if run.total_steps else 1.0
-        due = min(self.rounds, 1 + int(progress * self.rounds))
+        part = run.progress / self.until if self.until else 1.0
+        due = min(self.rounds, 1 + int(part * self.rounds))
         if due > memory["round"]:
             self._prune(run, due / self.rounds)
             memory["round"] = due

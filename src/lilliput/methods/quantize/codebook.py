@@ -17,9 +17,8 @@ it: for speed; shared values make a file smaller, and the decoded layer is an or
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ...core.method import Method
@@ -28,32 +27,9 @@ from ...core.run import Run
 from ...core.select import Weight, select
 from ...core.types import Bits, Change, Layers, PerLayer, resolve
 from ...errors import InputError
-from ...mechanisms import clustering
+from ...mechanisms.clustering import Init
 from ...mechanisms.encodings import Codebook as Shared
 from ...mechanisms.encodings import encode, strip
-
-
-def cluster(
-    value: Tensor, bits: int, init: Literal["linear", "density", "random", "exact"], seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Codes (0 where the weight is zero, else 1 + the cluster) and centroids of a weight.
-
-    Args:
-        value: the weight, any shape.
-        bits: the codes fit into so many bits; where there are zeros, one code is theirs.
-        init: how k-means starts.
-        seed: for ``"random"``.
-
-    Returns:
-        int64 codes in the weight's shape, float32 centroids ``(clusters,)``.
-    """
-    flat = value.detach().cpu().reshape(-1)
-    places = flat.nonzero().view(-1)
-    clusters = 2**bits - (len(places) < len(flat))
-    found = clustering.kmeans(flat[places].numpy(), clusters, init=init, seed=seed)
-    codes = torch.zeros(len(flat), dtype=torch.int64)
-    codes[places] = torch.from_numpy(found.codes.astype("int64")) + 1
-    return codes.view(value.shape).to(value.device), torch.from_numpy(found.centroids).to(value.device)
 
 
 @method
@@ -74,7 +50,7 @@ class Codebook(Method):
     family: ClassVar[str] = "quantize"
 
     bits: PerLayer[Bits] = 5
-    init: Literal["linear", "density", "random", "exact"] = "exact"
+    init: Init = "exact"
     layers: Layers = "*"
 
     def attach(self, run: Run) -> None:
@@ -83,17 +59,21 @@ class Codebook(Method):
         self.memory(run)["before"] = {w.name: _distinct(w.value) for w in chosen}
         for number, weight in enumerate(chosen):
             if not weight.value.count_nonzero():
-                raise InputError(f"codebook: all weights of {weight.name} are zero: nothing to share.")
+                raise InputError(
+                    f"codebook: all weights of {weight.name} are zero: nothing to share."
+                )
             bits = resolve(self.bits, weight.layer) or 0
-            codes, centroids = cluster(weight.value, bits, self.init, seed=run.seed + number)
+            fitted = Shared.fitted(weight.value, bits, self.init, seed=run.seed + number)
             strip(weight)  # the zeros of a mask live on as code 0
-            encode(weight, Shared(codes, centroids))
+            encode(weight, fitted)
 
     def finish(self, run: Run) -> list[Change]:
         """Report how many values each layer has now."""
         before = self.memory(run)["before"]
         return [
-            Change(w.name, "distinct values", before[w.name], _distinct(w.value), self.method_name())
+            Change(
+                w.name, "distinct values", before[w.name], _distinct(w.value), self.method_name()
+            )
             for w in self._chosen(run)
         ]
 

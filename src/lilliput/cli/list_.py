@@ -1,4 +1,7 @@
-"""``lilliput list``: the catalogue, read from the source text without importing torch."""
+"""``lilliput list``: the catalogue, read from the source text without importing torch.
+
+The file is not named ``list``, since a module of that name would hide the builtin in this package.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,12 @@ from ..core import registry
 from ..core.registry import Entry
 from ._print import columns, print_json, print_text
 
-_PLURALS = {"methods": "method", "architectures": "architecture", "tasks": "task", "recipes": "recipe"}
+_PLURALS = {
+    "methods": "method",
+    "architectures": "architecture",
+    "tasks": "task",
+    "recipes": "recipe",
+}
 
 
 def list_entries(

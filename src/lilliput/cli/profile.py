@@ -1,0 +1,198 @@
+"""``lilliput profile``: what a network costs, and which layers bear to be compressed.
+
+The surprising rule: the figures are those of one sample. MACs, memory, energy and latency need
+inputs, which come from a task, from ``--input``, or from the recipe that a compressed file carries.
+"""
+
+from __future__ import annotations
+
+import json as json_text
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import artifact, io
+from ..core.recipe import ModelSettings, TaskSettings
+from ..core.task import Task
+from ..engine.recipes import build_model, build_task
+from ..errors import InputError
+from ..measure import HOROWITZ_45NM, Macs, Size, measure, size
+from ._print import columns, note, print_json, print_text
+
+
+def profile(
+    model: str,
+    /,
+    *,
+    task: str | None = None,
+    input_: str | None = None,
+    weights: Path | None = None,
+    sensitivity: bool = False,
+    save: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Measure a network: size, work, memory, latency, sensitivity.
+
+    The energy is an estimate. Without a task and without an input only the size is counted.
+
+    Args:
+        model: an architecture's name, package.module:function, or a compressed file.
+        task: a task's name or package.module:function; its first sample is the input.
+        input_: shape of a random input instead, for example 1,3,224,224.
+        weights: a file to fill the network from.
+        sensitivity: scan each layer: the score against sparsity and against bits. Needs a task.
+        save: write the scan to this file. The report shows RUN/sensitivity.json of its runs.
+        json: print one JSON object.
+    """
+    with redirect_stdout(sys.stderr if json else sys.stdout):
+        network, found = _network(model, weights)
+        asked = TaskSettings(name=task) if task else found
+        job = build_task(asked) if asked else None
+        content = _figures(network, _inputs(job, input_))
+        if sensitivity:
+            content["sensitivity"] = _scan(network, job, save)
+    content = {"model": model, **content}
+    if json:
+        print_json(content)
+    else:
+        print_text(_render(content))
+    return 0
+
+
+def _network(reference: str, weights: Path | None) -> tuple[nn.Module, TaskSettings | None]:
+    """The network, and the task that a compressed file says it was made for."""
+    path = Path(reference)
+    if path.suffix in (".safetensors", ".llp") or path.is_file():
+        return _from_file(path, weights)
+    kind = "build" if ":" in reference else "architecture"
+    settings = {kind: reference, "weights": None if weights is None else str(weights)}
+    return build_model(ModelSettings.model_validate(settings)), None
+
+
+def _from_file(path: Path, weights: Path | None) -> tuple[nn.Module, TaskSettings | None]:
+    if not path.is_file():
+        raise InputError(f"there is no file {path} to profile.")
+    if weights is not None:
+        raise InputError(f"{path} has weights of its own: give a network's name with --weights.")
+    with artifact.open(path) as file:
+        task = (file.recipe or {}).get("task")
+    # A recipe keeps its task as settings, a run from Python only the task's name.
+    return io.load(path), TaskSettings.model_validate(task) if isinstance(task, dict) else None
+
+
+def _inputs(task: Task | None, shape: str | None) -> Any:
+    if shape is None:
+        return None if task is None else task.example_inputs()
+    sizes = shape.split(",")
+    if not all(size.strip().isdigit() and int(size) for size in sizes):
+        raise InputError(f"--input {shape!r} should be sizes and commas, like 1,3,224,224.")
+    return torch.randn([int(size) for size in sizes], generator=torch.Generator().manual_seed(0))
+
+
+def _figures(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    if inputs is None:
+        held = size(model)
+        return {
+            "parameters": held.parameters,
+            "nonzeros": held.nonzeros,
+            "dense_bytes": held.dense_bytes,
+            "layers": _layers(held, None),
+        }
+    taken = measure(model, inputs, also=("latency", "memory", "energy"))
+    figures = {**taken.as_dict(), "energy_source": HOROWITZ_45NM.source}
+    return {**figures, "layers": _layers(taken.size, taken.macs)}
+
+
+def _layers(held: Size, work: Macs | None) -> list[dict[str, Any]]:
+    """Parameters, non-zeros and MACs of each module that has parameters or work of its own."""
+    layers: dict[str, dict[str, Any]] = {}
+    for name, tensor in held.tensors.items():
+        if tensor.is_parameter:
+            layer = layers.setdefault(name.rpartition(".")[0], {"parameters": 0, "nonzeros": 0})
+            layer["parameters"] += tensor.elements
+            layer["nonzeros"] += tensor.nonzeros
+    by_module = {} if work is None else work.by_module
+    for name in by_module:
+        layers.setdefault(name, {"parameters": 0, "nonzeros": 0})
+    known = work is not None
+    return [
+        {"layer": name, **counts, "macs": by_module.get(name, 0) if known else None}
+        for name, counts in layers.items()
+        if counts["parameters"] or by_module.get(name)
+    ]
+
+
+def _scan(model: nn.Module, task: Task | None, save: Path | None) -> dict[str, Any]:
+    if task is None:
+        raise InputError("--sensitivity measures scores, so it needs a task: give --task NAME.")
+    from ..measure.sensitivity import sensitivity
+
+    note("scanning each layer ...")
+    found = {"score_name": task.score_name, **sensitivity(model, task).as_dict()}
+    if save is not None:
+        save.write_text(json_text.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def _render(content: dict[str, Any]) -> str:
+    parts = [columns(_summary(content)), _layer_table(content)]
+    if "macs" not in content:
+        parts.append("MACs, memory, energy and latency need --task NAME or --input 1,3,224,224.")
+    if "sensitivity" in content:
+        parts.append(_scan_table(content["sensitivity"]))
+    return "\n\n".join(parts)
+
+
+def _summary(content: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("parameters", f"{content['parameters']:,}"),
+        ("non-zeros", f"{content['nonzeros']:,}"),
+        ("dense bytes", f"{content['dense_bytes']:,}"),
+    ]
+    if "macs" not in content:
+        return rows
+    uncounted = ", ".join(f"{name} ({calls}x)" for name, calls in content["uncounted"].items())
+    return [
+        *rows,
+        ("MACs", f"{content['macs']:,}"),
+        ("MACs without zeros", f"{content['sparse_macs']:,} (if a runtime skips them)"),
+        ("not counted", uncounted or "nothing"),
+        ("peak activations", f"{content['peak_activation_bytes']:,} bytes"),
+        ("energy estimate", f"{content['energy_pj'] / 1e6:,.2f} uJ ({content['energy_source']})"),
+        ("latency", f"{content['latency_seconds'] * 1e3:.3f} ms (one thread, median)"),
+    ]
+
+
+def _layer_table(content: dict[str, Any]) -> str:
+    rows = [
+        (
+            layer["layer"] or "(model)",
+            f"{layer['parameters']:,}",
+            f"{layer['nonzeros']:,}",
+            "" if layer["macs"] is None else f"{layer['macs']:,}",
+        )
+        for layer in content["layers"]
+    ]
+    return columns([("layer", "parameters", "non-zeros", "MACs"), *rows], right=(1, 2, 3))
+
+
+def _scan_table(scan: dict[str, Any]) -> str:
+    """A table for sparsity and one for bits: a row a layer, a column an amount."""
+    kinds = dict.fromkeys(row["kind"] for row in scan["rows"])
+    head = f"sensitivity: {scan['score_name']}, {scan['baseline']:.2f} untouched"
+    return "\n\n".join([head, *(_amounts(kind, scan["rows"]) for kind in kinds)])
+
+
+def _amounts(kind: str, rows: list[dict[str, Any]]) -> str:
+    scores: dict[str, dict[float, str]] = {}
+    for row in rows:
+        if row["kind"] == kind:
+            scores.setdefault(row["layer"], {})[row["amount"]] = f"{row['score']:.2f}"
+    amounts = list(next(iter(scores.values())))
+    head = (kind, *(f"{amount:g}" for amount in amounts))
+    body = [(layer, *(found[amount] for amount in amounts)) for layer, found in scores.items()]
+    return columns([head, *body], right=range(1, len(head)))
