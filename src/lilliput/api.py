@@ -21,8 +21,8 @@ from .engine.attachment import Attachment
 from .engine.execute import Job, execute
 from .engine.outcome import Result
 from .engine.progress import Watcher, watcher
-from .engine.records import fingerprint
 from .engine.recipes import build_job, build_network, load_recipe
+from .engine.records import fingerprint
 
 
 def build(architecture: str, **arguments: Any) -> nn.Module:

@@ -80,7 +80,7 @@ def load(path: Path_, *, model: nn.Module | None = None, max_bytes: int | None =
     """
     limit = {} if max_bytes is None else {"max_bytes": max_bytes}
     with artifact.open(path, **limit) as file:
-        target = model if model is not None else _build(file.structure, path)
+        target = model if model is not None else _build(file.structure or {}, path)
         state = {name: _to_torch(file, name) for name in file.names()}
     _fill(target, state, path)
     return target.eval()

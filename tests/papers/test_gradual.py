@@ -97,22 +97,6 @@ def test_pruned_weights_stay_pruned_under_momentum_and_decay() -> None:
             assert bool((later[name][earlier[name] == 0] == 0).all())
 
 
-def test_regrow_keeps_values_and_dense_gradients_until_the_end() -> None:
-    watcher = Zeros()
-    schedule = Schedule(shape="cubic", end=0.8, every=1)
-    method = Gradual(sparsity=0.8, regrow=True, schedule=schedule, remove_dead=False)
-    stage = Stage(methods=[method], train=Train(epochs=8, optimizer="adam", lr=0.05))
-    result = lilliput.compress(MLP.build(), MLP.task(), [stage], watchers=[watcher])
-    came_back = sum(
-        int(((later[n] != 0) & (earlier[n] == 0)).sum())
-        for earlier, later in zip(watcher.seen, watcher.seen[1:], strict=False)
-        for n in later
-    )
-    assert came_back > 0
-    for weight in select(result.model):
-        assert int((weight.value == 0).sum()) == round(0.8 * weight.value.numel())
-
-
 def test_initial_sparsity_is_there_from_the_first_step() -> None:
     watcher = Zeros()
     schedule = Schedule(shape="cubic", initial=0.5, begin=0.5, every=1)

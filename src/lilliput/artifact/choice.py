@@ -40,7 +40,7 @@ def choose(
             return "raw"
         names = ["raw", "gap"]
     else:
-        names = _can_win(counts)
+        names = [*_can_win(counts), "raw"]
     if len(chunks) == 1:
         names.append("deep_compression")
     if len(names) == 1:

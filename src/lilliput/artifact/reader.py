@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from lilliput.artifact import format as layout
 from lilliput.artifact.bits import BLOCK, Bytes
 from lilliput.artifact.codecs import CODECS, Decoded, Sparse
-from lilliput.artifact.format import Entry
+from lilliput.artifact.entries import Entry
 from lilliput.artifact.report import SizeReport, report_tensor
 from lilliput.artifact.tensors import DTYPES
 from lilliput.errors import (
@@ -181,17 +181,11 @@ class Artifact:
             data, column indices and row pointers, as `scipy.sparse.csr_matrix` takes them.
         """
         entry = self.info(name)
-        where, values = [np.zeros(0, np.int64)], [np.zeros(0, DTYPES[entry.dtype])]
-        size = entry.chunk_rows * entry.row_size
-        self._allow(8 * (_rows(entry) + 1) + 16 * entry.nonzeros, f"tensor {name!r}")
-        for at in range(len(entry.parts)):
-            positions, found = self._sparse(name, at)
-            where.append(positions + at * size)
-            values.append(found)
+        self._allow(24 * (_rows(entry) + 1) + 40 * entry.nonzeros, f"tensor {name!r}")
+        where, values = zip(*self._nonzeros(name), strict=True)
         positions = np.concatenate(where)
         starts = np.searchsorted(positions, np.arange(_rows(entry) + 1) * entry.row_size)
-        columns = positions % max(1, entry.row_size)
-        return np.concatenate(values), columns, starts
+        return np.concatenate(values), positions % max(1, entry.row_size), starts
 
     def verify(self) -> None:
         """Check every checksum, decode every tensor, and compare with the header's counts.
@@ -199,15 +193,9 @@ class Artifact:
         Raises:
             CorruptArtifact: naming the tensor.
         """
-        for name, entry in self._entries.items():
-            nonzeros = 0
-            for at in range(len(entry.parts)):
-                nonzeros += len(self._sparse(name, at)[0])
-            if nonzeros != entry.nonzeros:
-                raise CorruptArtifact(
-                    f"{self.path}: tensor {name!r}: {nonzeros} values are not zero, where its "
-                    f"header says {entry.nonzeros}. {_ADVICE}"
-                )
+        for name in self._entries:
+            for _ in self._nonzeros(name):
+                pass
 
     def report(self) -> SizeReport:
         """The size of each tensor beside its order-0 entropy; decodes all that have a codebook."""
@@ -259,10 +247,25 @@ class Artifact:
             with ThreadPoolExecutor(self._threads) as pool:
                 list(pool.map(fill, chunks))
 
-    def _sparse(self, name: str, at: int) -> tuple[NDArray[np.int64], np.ndarray]:
+    def _nonzeros(self, name: str) -> Iterator[tuple[NDArray[np.int64], np.ndarray]]:
+        """Positions and values of what is not zero, by chunks; as many as the header says."""
+        entry, lookup, found = self._entries[name], self._lookup(name), 0
+        for at in range(len(entry.parts)):
+            positions, values = self._sparse(name, at, lookup)
+            found += len(values)
+            if found > entry.nonzeros:
+                break
+            yield positions + at * entry.chunk_rows * entry.row_size, values
+        if found != entry.nonzeros:
+            with self._telling_where(name):
+                raise CorruptArtifact(
+                    f"its header says that {entry.nonzeros} values are not zero, which is wrong."
+                )
+
+    def _sparse(self, name: str, at: int, lookup: _Lookup) -> tuple[NDArray[np.int64], np.ndarray]:
         """Positions in a chunk of what is not zero, and the values there."""
         entry = self._entries[name]
-        decoded, lookup = self._chunk(name, at), self._lookup(name)
+        decoded = self._chunk(name, at)
         if isinstance(decoded, Sparse) and lookup(np.zeros(1, decoded.symbols.dtype))[0] == 0:
             values = lookup(decoded.symbols)
             keep = values != 0
@@ -276,7 +279,8 @@ class Artifact:
         """The decoded symbols of a chunk, every code checked against the codebook's length."""
         entry = self._entries[name]
         count = _chunk_weights(entry, at)
-        self._allow(count * _WORKING, f"decoding a chunk of tensor {name!r}")
+        if not entry.is_plain:
+            self._allow(count * _WORKING, f"decoding a chunk of tensor {name!r}")
         with self._telling_where(name):
             data = Bytes(self._part(entry, at)[entry.codebook_bytes if at == 0 else 0 :])
             decoded = CODECS[entry.codec].decode(data, count, entry.itemsize)
@@ -296,7 +300,7 @@ class Artifact:
     def _part(self, entry: Entry, at: int) -> memoryview:
         length, crc = entry.parts[at]
         with self._lock:
-            self._file.seek(entry.offset + sum(size for size, _ in entry.parts[:at]))
+            self._file.seek(entry.offset + entry.starts[at])
             data = self._file.read(length)
         if len(data) != length:
             raise CorruptArtifact("the file was truncated while it was open.")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lilliput.artifact.entries import Entry
 from lilliput.artifact.entropy import entropy_bits
-from lilliput.artifact.format import Entry
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class TensorReport:
         shape: its shape.
         weights: its number of values.
         nonzeros: values that are not zero.
+        levels: values of its codebook, 0 for a plain tensor.
         bytes: bytes of its payload, codebook included.
         codebook_bytes: bytes of its codebook; 0 where it shares another's.
         entropy_bytes: entropy per weight, zero as a symbol, times the weights. For a plain tensor:
@@ -39,6 +40,7 @@ class TensorReport:
     shape: tuple[int, ...]
     weights: int
     nonzeros: int
+    levels: int
     bytes: int
     codebook_bytes: int
     entropy_bytes: float
@@ -52,7 +54,7 @@ class TensorReport:
     @property
     def is_coded(self) -> bool:
         """Whether an entropy is meaningful for it: it is not stored as it is."""
-        return self.codec not in ("raw", "f16")
+        return self.levels > 0 or self.codec not in ("raw", "f16")
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def report_tensor(name: str, entry: Entry, counts: NDArray[np.int64] | None) -> 
         shape=entry.shape,
         weights=entry.weights,
         nonzeros=entry.nonzeros,
+        levels=entry.levels,
         bytes=entry.size,
         codebook_bytes=entry.codebook_bytes,
         entropy_bytes=entropy,

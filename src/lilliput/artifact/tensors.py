@@ -117,16 +117,16 @@ def to_symbols(name: str, tensor: Tensor, floats: str) -> Symbols:
     """
     if isinstance(tensor, Coded):
         book = _shrink(tensor.codebook, floats)
-        small = np.uint8 if len(book) <= 256 else np.uint16
-        codes = np.ascontiguousarray(tensor.codes, small).reshape(-1)
+        small = "u1" if len(book) <= 256 else "<u2"
+        codes: NDArray[np.unsignedinteger] = np.ascontiguousarray(tensor.codes, small).reshape(-1)
         return Symbols(codes, tensor.shape, "F32", _NAMES[book.dtype], book)
     if isinstance(tensor, BFloat16):
         bits = np.ascontiguousarray(tensor.bits).reshape(-1)
         return Symbols(bits, tensor.bits.shape, "BF16", "BF16")
     values = _little_endian(name, tensor)
     stored = _shrink(values, floats)
-    bits = stored.reshape(-1).view(np.dtype(f"<u{stored.itemsize}"))
-    return Symbols(bits, tensor.shape, _NAMES[values.dtype], _NAMES[stored.dtype])
+    patterns: NDArray[np.unsignedinteger] = stored.reshape(-1).view(f"<u{stored.itemsize}")
+    return Symbols(patterns, tensor.shape, _NAMES[values.dtype], _NAMES[stored.dtype])
 
 
 def _little_endian(name: str, tensor: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from lilliput.artifact import format as layout
 from lilliput.artifact.choice import choose
 from lilliput.artifact.codecs import CODECS, SPARSE, Codec
 from lilliput.artifact.codecs.deep_compression import WIDEST, DeepCompression
+from lilliput.artifact.entries import Document, Entry
 from lilliput.artifact.report import SizeReport, report_tensor
 from lilliput.artifact.tensors import DTYPES, Symbols, Tensor, to_symbols
 from lilliput.errors import ArtifactError, InputError, UnknownName
@@ -98,7 +99,7 @@ def write(
     _check_options(options, profile, tensors)
     sections = {"structure": structure, "recipe": recipe, "figures": figures}
     encoded = _encode_all(tensors, options)
-    document = layout.Document(
+    document = Document(
         {name: item.entry for name, item in encoded.items()},
         {key: value for key, value in sections.items() if value is not None},
     )
@@ -133,7 +134,7 @@ def _check_options(options: _Options, profile: str, tensors: Mapping[str, Tensor
         raise InputError(f"chunk_weights is {options.chunk_weights}; give 1 or more.")
 
 
-def _resolve(profile: str, path: str | os.PathLike[str], document: layout.Document) -> str:
+def _resolve(profile: str, path: str | os.PathLike[str], document: Document) -> str:
     if profile != "auto":
         return profile
     small = sum(entry.size for entry in document.entries.values()) < _COMPACT_BYTES
@@ -142,7 +143,7 @@ def _resolve(profile: str, path: str | os.PathLike[str], document: layout.Docume
 
 @dataclass(frozen=True)
 class _Encoded:
-    entry: layout.Entry
+    entry: Entry
     parts: list[list[bytes | memoryview]]
     counts: NDArray[np.int64] | None
 
@@ -167,7 +168,7 @@ def _encode(name: str, symbols: Symbols, book: bytes, owner: str, options: _Opti
     chosen, coder = _codec(name, symbols, chunks, counts, options)
     parts = [[coder.encode(chunk)] for chunk in chunks]
     parts[0].insert(0, book)
-    entry = layout.Entry(
+    entry = Entry(
         codec=chosen,
         shape=symbols.shape,
         dtype=symbols.dtype,

@@ -1,6 +1,6 @@
 """The command line: one file a verb, imported when it is used, torch only where a verb needs it.
 
-The surprising rule: the overview that ``lilliput --help`` prints is put together from ``VERBS`` here.
+The surprising rule: the overview that ``lilliput --help`` prints is made from ``VERBS`` here.
 The help of each verb is cyclopts' work, made from the verb's docstring, but listing the verbs
 through it would import all of them, and cyclopts with rich alone takes a tenth of torch's time.
 """
@@ -88,9 +88,7 @@ def _dispatch(arguments: list[str]) -> int:
     if verb not in VERBS and not verb.startswith("-"):
         # cyclopts knows this error too, but imports every verb, and torch, to word it.
         raise UnknownName("verb", verb, VERBS)
-    code = _app()(
-        arguments, exit_on_error=False, print_error=False, result_action="return_value"
-    )
+    code = _app()(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     return code or 0  # None after --help and --version
 
 

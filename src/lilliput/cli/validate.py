@@ -40,13 +40,14 @@ def check_names(settings: Recipe, where: str) -> None:
         InputError: an argument is missing or unknown.
     """
     task, model = settings.task, settings.model
-    _check(_found("task", task.name), task.name, task.arguments, where)
-    named = model.architecture or model.build or ""
-    _check(_found("architecture", named), named, model.arguments, where)
-
-
-def _found(kind: str, name: str) -> Any:
-    return registry.import_object(name) if ":" in name else registry.load(kind, name)
+    is_reference = ":" in task.name
+    make = registry.import_object(task.name) if is_reference else registry.load("task", task.name)
+    _check(make, task.name, task.arguments, where)
+    if model.architecture is not None:
+        make = registry.load("architecture", model.architecture)
+    else:
+        make = registry.import_object(model.build or "")
+    _check(make, model.architecture or model.build or "", model.arguments, where)
 
 
 def _check(make: Any, name: str, arguments: dict[str, Any], where: str) -> None:

@@ -80,7 +80,7 @@ class Train(Settings):
     channels_last: bool = False
     keep: Literal["last", "best"] = "last"
     evaluate_every: int = Field(default=1, ge=1)
-    checkpoint_minutes: Positive = 10.0
+    checkpoint_minutes: Positive = 1.0
 
 
 class Stage(Settings):
@@ -131,7 +131,7 @@ class ModelSettings(Settings):
         build: ``package.module:function`` that returns a module.
         arguments: keyword arguments for either.
         weights: a ``.safetensors``, or a ``torch.save`` file that ``weights_only`` can read, from
-            which the network starts.
+            which the network starts; ``$NAME`` stands for an environment variable.
     """
 
     architecture: str | None = None

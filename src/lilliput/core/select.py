@@ -9,8 +9,10 @@ raw parameters are not.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +56,12 @@ class Weight:
         value: Tensor = getattr(self.module, self.tensor)
         return value
 
-    def encodings(self) -> list[nn.Module]:
-        """The encodings on the tensor, innermost first."""
+    def encodings(self) -> list[Any]:
+        """The encodings on the tensor, innermost first; see :mod:`lilliput.mechanisms.encodings`."""
         if not parametrize.is_parametrized(self.module, self.tensor):
             return []
-        return list(self.module.parametrizations[self.tensor])  # type: ignore[index,union-attr,operator,arg-type]
+        stacks: Any = self.module.parametrizations
+        return list(stacks[self.tensor])
 
 
 def matches(layers: Layers, name: str) -> bool:
@@ -126,7 +129,5 @@ def _refuse_tied(model: nn.Module, chosen: list[Weight]) -> None:
 
 def example_device(model: nn.Module) -> torch.device:
     """The device of the first parameter or buffer; the processor for a model without any."""
-    first = next(model.parameters(), None)
-    if first is None:
-        first = next(model.buffers(), None)
+    first: Tensor | None = next(itertools.chain(model.parameters(), model.buffers()), None)
     return first.device if first is not None else torch.device("cpu")

@@ -117,9 +117,11 @@ def move(batch: Batch, device: torch.device) -> Batch:
     """The batch with every tensor on the device."""
 
     def to(x: Any) -> Any:
-        return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+        if isinstance(x, Tensor):  # nearly always: a step should not pay for a tree walk
+            return x.to(device, non_blocking=True)
+        return None if x is None else pytree.tree_map_only(Tensor, to, x)
 
-    return Batch(*(pytree.tree_map(to, part) for part in (batch.inputs, batch.target, batch.index)))
+    return Batch(to(batch.inputs), to(batch.target), to(batch.index))
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:

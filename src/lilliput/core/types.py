@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,10 +19,10 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Bits = Annotated[int, Field(ge=1, le=16)]
-Layers = str | list[str]
+Layers: TypeAlias = str | list[str]
 
 T = TypeVar("T")
-PerLayer = T | dict[str, T]
+PerLayer: TypeAlias = T | dict[str, T]
 
 
 class Settings(BaseModel):
@@ -33,7 +33,7 @@ class Settings(BaseModel):
     )
 
 
-def resolve(setting: PerLayer[T], name: str) -> T | None:
+def resolve(setting: T | dict[str, T] | None, name: str) -> T | None:
     """The value of a per-layer setting for the layer ``name``; None where no pattern covers it.
 
     Example:

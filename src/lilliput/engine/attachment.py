@@ -9,15 +9,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.digests import mix
 from ..core.method import Method, overrides
 from ..core.run import Run
 from ..core.select import example_device
 from ..core.task import Task
 from ..core.types import Batch, Change
 from ..errors import InputError, ModelMismatch
+from ..mechanisms.encodings import reapply, stored_masks
 from .execute import finish_method
 from .loop import Hooks
-from .seeds import mix
 
 
 class Attachment:
@@ -55,6 +56,7 @@ class Attachment:
         for method in self.run.methods:
             method.attach(self.run)
         self._hooks = Hooks(self.run.methods)
+        self._masks = stored_masks(model)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What an optimizer should move: the model's and the helper modules' parameters."""
@@ -86,7 +88,8 @@ class Attachment:
             terms += hook(self.run).values()
         if not terms:
             raise ModelMismatch("there is no loss: neither the loop nor a method gave one.")
-        return sum(terms[1:], terms[0])
+        total: Tensor = sum(terms[1:], terms[0])
+        return total
 
     def after_backward(self) -> None:
         """The gradients are there, the optimizer has not moved."""
@@ -96,6 +99,7 @@ class Attachment:
     def after_step(self) -> None:
         """The optimizer has moved."""
         self.run.step += 1
+        reapply(self._masks)
         for hook in self._hooks.after_step:
             hook(self.run)
 

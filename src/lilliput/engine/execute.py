@@ -131,7 +131,7 @@ class _Execution:
             self._set_original(original["figures"])
         done = [n for n in range(len(self.job.stages)) if home.checkpoint(f"stage-{n}").exists()]
         if done:
-            last = home.load(f"stage-{done[-1]}")
+            last: Any = home.load(f"stage-{done[-1]}")
             rebuild(model, last["encodings"])
             model.load_state_dict(last["model"])
             self.records, self.changes = last["records"], last["changes"]

@@ -1,4 +1,7 @@
-"""The loop. Everything that Lilliput does to a model happens somewhere in these lines::
+"""The loop: everything that Lilliput does to a model happens somewhere in these lines.
+
+::
+
 
     for stage in recipe:
         attach each method            # encodings, taps, teachers, players appear; then the optimizer is built
@@ -32,6 +35,7 @@ from ..core.run import Run
 from ..core.task import call, explain_mismatch
 from ..core.types import Batch
 from ..errors import Diverged, InputError, ModelMismatch
+from ..mechanisms.encodings import reapply, stored_masks
 from .optim import rate, set_rate
 
 
@@ -91,6 +95,10 @@ class Loop:
     tally: Tally = field(default_factory=Tally)
     scaler: torch.amp.GradScaler | None = None
 
+    def __post_init__(self) -> None:
+        # Masks of earlier stages too: their zeros must survive whatever trains now.
+        self.masks = stored_masks(self.run.model)
+
     def step(self, batch: Batch) -> None:
         """One batch, from ``before_step`` to ``after_step``."""
         run = self.run
@@ -102,6 +110,7 @@ class Loop:
         loss = self.hooks.drive(run) if self.hooks.drive else self._forward_and_backward()
         self._check_finite(loss)
         run.step += 1
+        reapply(self.masks)
         for hook in self.hooks.after_step:
             hook(run)
         self.tally.add({"loss": loss, **run.logged})
@@ -109,7 +118,7 @@ class Loop:
 
     def _forward_and_backward(self) -> Tensor:
         run, optimizer = self.run, self.run.optimizer
-        assert optimizer is not None  # noqa: S101 - built right after attach
+        assert optimizer is not None
         optimizer.zero_grad(set_to_none=True)
         with self._precision():
             forward = self.hooks.forward
@@ -136,11 +145,12 @@ class Loop:
             )
         if len(terms) > 1:  # a single term is the loss itself
             run.logged.update({name: value.detach() for name, value in terms.items()})
-        return sum(terms.values())  # type: ignore[return-value]
+        first, *others = terms.values()  # adding to 0 would be one more operation to differentiate
+        return sum(others, first)
 
     def _backward(self, loss: Tensor) -> None:
         if self.scaler is None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.run.optimizer)  # type: ignore[arg-type]

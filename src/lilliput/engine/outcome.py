@@ -181,7 +181,11 @@ def _compute(loaded: nn.Module, dense: nn.Module, example: Any, run: Run) -> dic
         work = macs(loaded, example)
         both = {"dense": dense.cpu(), "model": loaded}
         ratio = latency(both, example, seconds=0.5).models["model"].ratio.median
-        figures = {"macs": work.total, "sparse_macs": work.sparse_macs, "latency_ratio": ratio}
+        figures: dict[str, Any] = {
+            "macs": work.total,
+            "sparse_macs": work.sparse_macs,
+            "latency_ratio": ratio,
+        }
     except (
         LilliputError
     ) as error:  # a network that cannot run alone is still worth its other figures

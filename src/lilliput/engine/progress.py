@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -115,7 +117,13 @@ class TensorBoard(Watcher):
             raise MissingDependency(
                 "tensorboard", "tensorboard", "writing TensorBoard events"
             ) from error
-        self.writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        # Made when the run begins: a run directory must be empty until the run has claimed it.
+        self._make: Callable[[], Any] = partial(SummaryWriter, str(folder))
+        self.writer: Any = None
+
+    def stage_begins(self, run: Run, stage: Stage) -> None:
+        """Open the event file."""
+        self.writer = self.writer or self._make()
 
     def epoch_done(self, run: Run, figures: dict[str, Any]) -> None:
         """Write the epoch's figures, by stage."""
@@ -125,7 +133,8 @@ class TensorBoard(Watcher):
 
     def close(self) -> None:
         """Finish the event file."""
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
 
 def watcher(console: Console | None = None) -> Watcher:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-from ruamel.yaml import YAML, CommentedMap, CommentedSeq
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 from torch import nn
 
@@ -25,6 +26,8 @@ from .optim import optimizer_class
 from .outcome import check_condition
 from .seeds import seed_all
 
+_Place = tuple[int | str, ...]
+
 
 def find_recipe(reference: str | Path) -> Path:
     """The file of a recipe: a path, or the name of a shipped one.
@@ -38,7 +41,7 @@ def find_recipe(reference: str | Path) -> Path:
             raise RecipeError(f"there is no recipe file {path}.")
         return path
     found = registry.find("recipe", str(reference)).path
-    assert found is not None  # noqa: S101 - recipes are files
+    assert found is not None
     return found
 
 
@@ -184,7 +187,7 @@ def _override(content: Any, override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise RecipeError(f"the override {override!r} should have the form key=value.")
-    value = YAML(typ="safe").load(text)
+    value = _yaml_or_text(text)
     *path, last = key.split(".")
     node: Any = content
     for part in path:
@@ -195,6 +198,14 @@ def _override(content: Any, override: str) -> None:
         node[last] = value
     else:
         raise RecipeError(f"the override {override!r} leads into {node!r}, which has no keys.")
+
+
+def _yaml_or_text(text: str) -> Any:
+    """A value from the command line; ``>= 40`` is no YAML without quotes, and meant as text."""
+    try:
+        return YAML(typ="safe").load(text)
+    except YAMLError:
+        return text
 
 
 def _descend(node: Any, part: str, override: str) -> Any:
@@ -217,20 +228,41 @@ def _index(node: list[Any], part: str, override: str) -> int:
 
 
 def _explain(error: pydantic.ValidationError, content: Any, where: str) -> str:
-    lines = []
-    for detail in error.errors():
-        place = tuple(detail["loc"])
-        message = _message(detail, place)
-        inner = (detail.get("ctx") or {}).get("error")
-        if isinstance(inner, LilliputError):
-            message = str(inner)
-        lines.append(f"{_line(content, place, where)} {_dotted(place)}: {message}")
-    return "\n".join(dict.fromkeys(lines))
+    details = [(_written(detail, content), detail) for detail in error.errors()]
+    lines: dict[_Place, str] = {}
+    for place, detail in details:
+        if not _outdone(place, detail, details):
+            inner = (detail.get("ctx") or {}).get("error")
+            known = isinstance(inner, LilliputError)
+            message = str(inner) if known else _message(detail, place, content)
+            lines.setdefault(place, f"{_line(content, place, where)} {_dotted(place)}: {message}")
+    return "\n".join(lines.values())
 
 
-def _message(detail: Any, place: tuple[int | str, ...]) -> str:
+def _written(detail: Any, content: Any) -> _Place:
+    """The place as the recipe writes it, without the names that pydantic gives a union's options."""
+    place: list[int | str] = []
+    node = content
+    for part in detail["loc"]:
+        inside = part in node if isinstance(node, dict) else isinstance(node, list)
+        if inside:
+            node = node[part]
+        if inside or detail["type"] in ("missing", "extra_forbidden"):
+            place.append(part)
+    return tuple(place)
+
+
+def _outdone(place: _Place, detail: Any, details: list[tuple[_Place, Any]]) -> bool:
+    """Whether another option of the union fits the value's type, and says what is wrong with it."""
+    if not detail["type"].endswith("_type"):
+        return False
+    others = (p for p, d in details if not d["type"].endswith("_type"))
+    return any(other[: len(place)] == place for other in others)
+
+
+def _message(detail: Any, place: _Place, content: Any) -> str:
     if detail["type"] == "extra_forbidden":
-        return f"unknown.{did_you_mean(str(place[-1]), _siblings(place))}"
+        return f"unknown.{did_you_mean(str(place[-1]), _siblings(place, content))}"
     if detail["type"] == "missing":
         return "missing."
     text = detail["msg"].removeprefix("Value error, ")
@@ -239,13 +271,13 @@ def _message(detail: Any, place: tuple[int | str, ...]) -> str:
     return f"{text[0].lower()}{text[1:]}.{shown}"
 
 
-def _siblings(place: tuple[int | str, ...]) -> list[str]:
+def _siblings(place: _Place, content: Any) -> list[str]:
     """The keys that are known beside an unknown one."""
     inside = [p for p in place[:-1] if isinstance(p, str)]
     if "train" in inside:
         return list(Train.model_fields)
-    if inside and inside[-1] in _method_names():
-        return list(registry.load("method", inside[-1]).model_fields)
+    if "methods" in inside:
+        return _settings_of_method(place, content)
     if inside[:1] == ["stages"]:
         return list(Stage.model_fields)
     named = {"task": TaskSettings, "model": ModelSettings}
@@ -255,8 +287,14 @@ def _siblings(place: tuple[int | str, ...]) -> list[str]:
     return list(Recipe.model_fields)
 
 
-def _method_names() -> list[str]:
-    return list(registry.entries("method"))
+def _settings_of_method(place: _Place, content: Any) -> list[str]:
+    stage, _, number = place[1:4]
+    method = content["stages"][stage]["methods"][number]["method"]
+    fields = registry.load("method", method).model_fields
+    if len(place) == 5:
+        return list(fields)
+    annotation = fields[str(place[4])].annotation  # settings of their own, such as a schedule
+    return list(getattr(annotation, "model_fields", {}))
 
 
 def _line(content: Any, place: tuple[int | str, ...], where: str) -> str:
@@ -264,7 +302,8 @@ def _line(content: Any, place: tuple[int | str, ...], where: str) -> str:
     line, node = None, content
     for part in place:
         if isinstance(node, CommentedMap) and part in node:
-            line = node.lc.key(part)[0] if part in node.lc.data else line
+            # What an override has added has no line of its own.
+            line = node.lc.key(part)[0] if part in (node.lc.data or ()) else line
             node = node[part]
         elif isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
             line = node.lc.item(part)[0]

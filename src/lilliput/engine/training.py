@@ -8,7 +8,7 @@ to where the checkpoint saw them, and everything after is bit for bit what it wo
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,9 +119,9 @@ class Training:
     def _validate(self) -> float:
         run = self.run
         score = evaluate(run.model, run.task.validation, run.task.score, run.device)
-        if self.train.keep == "best" and all(m.settled(run) for m in run.methods):
-            if self.best is None or score >= self.best["score"]:
-                self.best = {"score": score, "model": clone_state(run.model)}
+        eligible = self.train.keep == "best" and all(m.settled(run) for m in run.methods)
+        if eligible and (self.best is None or score >= self.best["score"]):
+            self.best = {"score": score, "model": clone_state(run.model)}
         return score
 
     def _save(self) -> None:
@@ -173,6 +173,6 @@ class Training:
 
 def length(batches: Iterable[Any]) -> int:
     """Batches an epoch; counted by reading them once where the iterable does not say."""
-    if hasattr(batches, "__len__"):
+    if isinstance(batches, Sized):
         return len(batches)
     return sum(1 for _ in read(batches, "the training batches"))

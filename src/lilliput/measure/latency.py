@@ -141,7 +141,7 @@ def _rounds(
 
 def _synchronize() -> None:
     """Wait for an accelerator, whose kernels run on after the call returns."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 

@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from lilliput.core.task import evaluation
 from lilliput.errors import InputError, ModelMismatch
-from lilliput.measure.size import effective_state, evaluation
+from lilliput.measure.size import effective_state
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """A tensor is the only argument, a tuple holds positional ones, a mapping keyword ones."""
@@ -174,7 +175,7 @@ def unfused() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-class _Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Tally(TorchDispatchMode):
     """Reads torch's FLOP counter around each operator and books the difference.
 
     It must be entered after the counter: the mode entered last sees an operator first, and passes

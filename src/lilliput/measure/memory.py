@@ -75,7 +75,7 @@ def _storages(tree: Any) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Live(TorchDispatchMode):
     """Keeps the sum of living storages that operators have made, and its maximum."""
 
     def __init__(self, held: Iterable[int]) -> None:

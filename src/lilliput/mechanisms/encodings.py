@@ -67,6 +67,7 @@ class Mask(Encoding):
             raise UnknownName("mask policy", policy, ("hard", "straight_through"))
         self.register_buffer("mask", mask.bool())
         self.policy = policy
+        self.multiplies = True  # False where what lies inside has these zeros already
         self._factor: Tensor | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -80,7 +81,7 @@ class Mask(Encoding):
     def update(self, mask: Tensor) -> None:
         """Replace the mask; a hard mask is stored at the next :func:`reapply`."""
         self.mask.copy_(mask)
-        self._factor = None
+        self._changed()
 
     def factor(self, like: Tensor) -> Tensor:
         """The mask as numbers of the weight's type, which multiply faster than booleans."""
@@ -93,11 +94,14 @@ class Mask(Encoding):
         """The effective weight."""
         if self.policy == "straight_through":
             return value + (value * self.factor(value) - value).detach()
-        return value if self.innermost else value * self.factor(value)
+        return value * self.factor(value) if self.multiplies and not self.innermost else value
+
+    def _changed(self) -> None:
+        self._factor, self.multiplies = None, True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._factor = None
+        self._changed()
 
 
 class _Lookup(torch.autograd.Function):
@@ -192,7 +196,9 @@ class Codebook(Encoding):
 
     def forward(self, centroids: Tensor) -> Tensor:
         """The effective weight."""
-        weight: Tensor = _Lookup.apply(centroids, *self.members(), self.codes.shape)
+        weight: Tensor = _Lookup.apply(  # type: ignore[no-untyped-call]
+            centroids, *self.members(), self.codes.shape
+        )
         # The codes are laid out as the layer is: hand the weight over in the same layout.
         channels_last = self.codes.ndim == 4 and not self.codes.is_contiguous()
         return weight.contiguous(memory_format=torch.channels_last) if channels_last else weight
@@ -220,8 +226,19 @@ def encode(weight: Weight, encoding: Encoding) -> None:
     for inner in stack:
         inner.innermost = inner is stack[0]
         parametrize.register_parametrization(weight.module, weight.tensor, inner, unsafe=True)
+    _rest_masks(weight, stack)
     if isinstance(weight.module, nn.RNNBase):
         _refresh_before_forward(weight.module)
+
+
+def _rest_masks(weight: Weight, stack: list[Encoding]) -> None:
+    """Let masks rest whose zeros lie inside already, as after clustering a pruned weight."""
+    masks = [e for e in stack if isinstance(e, Mask) and e.policy == "hard"]
+    for mask in masks:
+        mask.multiplies = False
+    inside = weight.value.detach()
+    for mask in masks:
+        mask.multiplies = bool((inside * ~mask.mask).any())
 
 
 def strip(weight: Weight) -> None:

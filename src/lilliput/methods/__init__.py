@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core import registry
 
-__all__ = sorted(entry.attribute for entry in registry.entries("method").values())  # noqa: PLE0605
+__all__ = sorted(entry.attribute for entry in registry.entries("method").values())
 
 
 def __getattr__(name: str) -> Any:

@@ -46,7 +46,12 @@ class Figure:
 
 def run_figures(run: RunData, layers: Sequence[LayerWeights]) -> list[Figure]:
     """All figures that a run has data for."""
-    figures = [score_against_bytes([run]), bytes_by_stage(run), kept_by_layer(run), bytes_by_layer(run)]
+    figures = [
+        score_against_bytes([run]),
+        bytes_by_stage(run),
+        kept_by_layer(run),
+        bytes_by_layer(run),
+    ]
     if run.metrics:
         figures.append(training_curves(run))
     if layers:
@@ -58,11 +63,13 @@ def run_figures(run: RunData, layers: Sequence[LayerWeights]) -> list[Figure]:
 
 def score_against_bytes(runs: Sequence[RunData]) -> Figure:
     """Score over bytes on disk, a point a stage; a run with its baseline, or several runs."""
-    drawing = _blank(380, xaxis={"type": "log", "title": "bytes on disk", "tickformat": ",~s"})
+    sizes = {"type": "log", "title": "bytes on disk", "tickformat": ",~s", "dtick": "D2"}
+    drawing = _blank(380, xaxis=sizes)
     for number, run in enumerate(runs):
         drawing.add_trace(_path_of(run, number, named=len(runs) > 1))
     if len(runs) == 1:
         _draw_baseline(drawing, runs[0].figures["baseline_score"], "dense network")
+        drawing.update_layout(margin_t=20)
     names = sorted({_text(run.figures["score_name"]) for run in runs})
     drawing.update_yaxes(title=" / ".join(names))
     return Figure(
@@ -87,11 +94,12 @@ def bytes_by_stage(run: RunData) -> Figure:
     drawing.add_trace(_marks(entropy, rows[1:], "order-0 entropy"))
     totals = [sum(part) for part in parts]
     words = [f"{count(total)} B, {ratio(dense / total)}" for total in totals]
-    _label_bars(drawing, totals, rows, words)
+    ends = [float(dense), *map(max, zip(totals[1:], entropy, strict=True))]
+    _label_bars(drawing, ends, rows, words)
     return Figure(
         "Bytes by stage",
-        "What the file of each stage is made of. The diamond is the order-0 entropy of the weights: "
-        "what an ideal coder of single weights would need, without codebooks and header.",
+        "What the file of each stage is made of. The upright mark is the order-0 entropy of the "
+        "weights: what an ideal coder of single weights would need, without codebooks and header.",
         drawing,
     )
 
@@ -115,11 +123,12 @@ def bytes_by_layer(run: RunData) -> Figure:
     entropy = [layer["entropy_bytes"] for layer in layers]
     drawing.add_trace(_marks(entropy, rows[: len(layers)], "order-0 entropy"))
     totals = [sum(column) for column in zip(*columns, strict=True)]
-    _label_bars(drawing, totals, rows, [f"{count(total)} B" for total in totals])
+    ends = list(map(max, zip(totals, [*entropy, 0, 0], strict=True)))
+    _label_bars(drawing, ends, rows, [f"{count(total)} B" for total in totals])
     return Figure(
         f"Bytes by layer after “{stage['name']}”",
-        "Where the last stage's bytes are. A bar that ends at its diamond is coded as well as single "
-        "weights can be." + _left_out(run, layers),
+        "Where the last stage's bytes are. A bar that ends at its mark is coded as well as "
+        "single weights can be." + _left_out(run, layers),
         drawing,
     )
 
@@ -133,12 +142,15 @@ def kept_by_layer(run: RunData) -> Figure:
     rows = list(range(len(layers)))
     drawing.add_trace(_bar([100] * len(layers), rows, "all weights", _FAINT))
     drawing.add_trace(_bar(kept, rows, "not zero", COLORS[0]))
-    drawing.update_layout(barmode="overlay", showlegend=False)
+    drawing.update_layout(
+        barmode="overlay", showlegend=False, margin_t=8, height=92 + _ROW * len(rows)
+    )
     words = [
         f"{share:.1f} % ({count(layer['nonzeros'])} of {count(layer['weights'])})"
         for share, layer in zip(kept, layers, strict=True)
     ]
     _label_bars(drawing, [100.0] * len(layers), rows, words)
+    drawing.update_xaxes(tickvals=[0, 25, 50, 75, 100])
     return Figure(
         "Weights kept by layer",
         "Weights that are not zero after the last stage." + _left_out(run, layers),
@@ -155,11 +167,11 @@ def training_curves(run: RunData) -> Figure:
     others = [name for name in terms if name not in losses and name != "validation"]
     panels = [p for p in (losses, ["validation"] if "validation" in terms else [], others) if p]
     drawing = subplots.make_subplots(rows=len(panels), shared_xaxes=True, vertical_spacing=0.07)
-    drawing.update_layout(**_layout(60 + 230 * len(panels)), hovermode="x unified")
+    drawing.update_layout(**_layout(90 + 230 * len(panels)), hovermode="x unified", margin_t=64)
     for row, names in enumerate(panels, start=1):
         title = run.figures["score_name"] if names == ["validation"] else names[0].partition("/")[0]
         _draw_panel(drawing, run, names, starts, row)
-        drawing.update_yaxes(title=_text(title), row=row, type=_scale(run, names))
+        drawing.update_yaxes(title=_text(title), row=row, **_scale(run, names))
     drawing.update_xaxes(title="epoch", row=len(panels))
     _draw_stages(drawing, run, starts)
     return Figure(
@@ -178,7 +190,7 @@ def weight_histograms(layers: Sequence[LayerWeights]) -> Figure:
     drawing = subplots.make_subplots(
         rows=rows, cols=columns, subplot_titles=titles, vertical_spacing=0.3 / rows
     )
-    drawing.update_layout(**_layout(60 + 200 * rows), bargap=0)
+    drawing.update_layout(**_layout(90 + 200 * rows), bargap=0, margin_t=64)
     drawing.update_annotations(font_size=12)
     for number, layer in enumerate(layers):
         place = {"row": number // columns + 1, "col": number % columns + 1}
@@ -255,7 +267,10 @@ def _style(number: int) -> dict[str, Any]:
     color = COLORS[number % len(COLORS)]
     dash = _DASHES[number // len(COLORS) % len(_DASHES)]
     symbol = _SYMBOLS[number % len(_SYMBOLS)]
-    return {"line": {"color": color, "dash": dash, "width": 2}, "marker": {"symbol": symbol, "size": 8}}
+    return {
+        "line": {"color": color, "dash": dash, "width": 2},
+        "marker": {"symbol": symbol, "size": 8},
+    }
 
 
 def _path_of(run: RunData, number: int, *, named: bool) -> Any:
@@ -267,7 +282,7 @@ def _path_of(run: RunData, number: int, *, named: bool) -> Any:
     return go.Scatter(
         x=sizes,
         y=scores,
-        text=[""] + names[1:] if named else names,
+        text=[*[""] * len(stages), names[-1]] if named else ["", *names[1:]],
         customdata=names,
         name=_text(run.name),
         showlegend=named,
@@ -280,10 +295,10 @@ def _path_of(run: RunData, number: int, *, named: bool) -> Any:
 
 
 def _draw_baseline(drawing: Any, score: float, words: str) -> None:
-    drawing.add_hline(
-        y=score, line={"color": GREY, "dash": "dash", "width": 1.5},
-        annotation={"text": f"{words}: {decimals(score)}", "font": {"size": 11}},
-        annotation_position="top left", col=1,
+    drawing.add_hline(y=score, line={"color": GREY, "dash": "dash", "width": 1.5})
+    drawing.add_annotation(
+        text=f"{words}: {decimals(score)}", x=0, xref="x domain", xanchor="left", y=score, yref="y",
+        yanchor="bottom", yshift=4, showarrow=False, font={"size": 11},
     )  # fmt: skip
 
 
@@ -298,7 +313,7 @@ def _parts(run: RunData, stage: int) -> tuple[int, int, int]:
 def _bars(rows: int, title: str, names: Sequence[str]) -> Any:
     axis = {
         "tickvals": list(range(rows)), "ticktext": list(names), "range": [rows - 0.4, -0.6],
-        "showgrid": False, "title": None,
+        "showgrid": False, "title": None, "ticklabelstandoff": 6,
     }  # fmt: skip
     height = 120 + _ROW * rows
     return _blank(height, xaxis={"title": title, "tickformat": ",~s"}, yaxis=axis, barmode="stack")
@@ -306,13 +321,14 @@ def _bars(rows: int, title: str, names: Sequence[str]) -> Any:
 
 def _bar(values: Sequence[float], rows: Sequence[int], name: str, color: str) -> Any:
     return go.Bar(
-        x=list(values), y=list(rows), name=name, orientation="h", width=0.62, marker_color=color,
+        x=list(values), y=list(rows), name=name, orientation="h", width=0.62,
+        marker={"color": color, "line": {"width": 0}},
         hovertemplate="%{x:,}<extra>" + name + "</extra>",
     )  # fmt: skip
 
 
 def _marks(values: Sequence[float], rows: Sequence[int], name: str) -> Any:
-    marker = {"symbol": "diamond-open", "size": 10, "color": COLORS[3], "line": {"width": 2}}
+    marker = {"symbol": "line-ns-open", "size": 20, "color": COLORS[4], "line": {"width": 3}}
     return go.Scatter(
         x=list(values), y=list(rows), name=name, mode="markers", marker=marker,
         hovertemplate="%{x:,.0f} bytes<extra>" + name + "</extra>",
@@ -346,7 +362,7 @@ def _draw_panel(
 ) -> None:
     for number, name in enumerate(names):
         x, y = _curve(run, name, starts)
-        style = _style(2 if name == "validation" else number)["line"]
+        style = _style(3 if name == "validation" else number)["line"]
         trace = go.Scatter(x=x, y=y, name=_text(name), mode="lines", line=style)
         drawing.add_trace(trace, row=row, col=1)
 
@@ -366,9 +382,12 @@ def _curve(
     return x, y
 
 
-def _scale(run: RunData, names: Sequence[str]) -> str:
+def _scale(run: RunData, names: Sequence[str]) -> dict[str, Any]:
+    """Logarithmic for losses above zero, with a label a decade, or three where there are few."""
     values = [line[name] for line in run.metrics for name in names if name in line]
-    return "log" if names[0].startswith("loss") and min(values) > 0 else "linear"
+    if not names[0].startswith("loss") or min(values) <= 0:
+        return {"type": "linear"}
+    return {"type": "log", "dtick": 1 if max(values) > 100 * min(values) else "D2"}
 
 
 def _draw_stages(drawing: Any, run: RunData, starts: Sequence[int]) -> None:
@@ -397,7 +416,8 @@ def _weight_traces(layer: LayerWeights, *, first: bool) -> list[Any]:
     x, y = layer.values.tolist(), layer.after.round(4).tolist()
     if layer.is_codebook:
         width = (layer.centers[-1] - layer.centers[0]) / 120
-        traces.append(go.Bar(x=x, y=y, width=width, marker_color=COLORS[1], **named))
+        marker = {"color": COLORS[1], "line": {"width": 0}}
+        traces.append(go.Bar(x=x, y=y, width=width, marker=marker, **named))
     else:
         line = {"color": COLORS[1], "width": 2, "shape": "hvh"}
         traces.append(go.Scatter(x=x, y=y, mode="lines", line=line, **named))
@@ -441,5 +461,12 @@ def _layout(height: int) -> dict[str, Any]:
         "paper_bgcolor": clear,
         "plot_bgcolor": clear,
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": GREY},
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "legend": {
+            "orientation": "h",
+            "yref": "container",
+            "y": 1,
+            "yanchor": "top",
+            "x": 0,
+            "traceorder": "normal",
+        },
     }

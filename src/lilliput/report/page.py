@@ -20,7 +20,16 @@ from ..core.registry import Paper, find
 from ..errors import InputError, UnknownName
 from ._optional import optional
 from .read import RunData, read_runs
-from .tables import comparison, count, decimals, markdown_table, notes, ratio
+from .tables import (
+    MISSING,
+    comparison,
+    count,
+    decimals,
+    markdown_table,
+    notes,
+    ratio,
+    shared_score_name,
+)
 from .weights import layer_weights
 
 if TYPE_CHECKING:
@@ -63,6 +72,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         sections=sections,
         rows=comparison(data) if several else [],
         compared=[score_against_bytes(data)] if several else [],
+        score_name=shared_score_name(data),
         markdown=markdown_table(data),
     )
     _write(Path(out), page)
@@ -71,7 +81,9 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
 def _section(run: RunData, figures: list[Figure]) -> _Section:
     names = dict.fromkeys(name for stage in run.stages for name in stage["methods"])
-    return _Section(run, figures, notes(run), {name: _papers(name) for name in names}, _yaml(run.recipe))
+    return _Section(
+        run, figures, notes(run), {name: _papers(name) for name in names}, _yaml(run.recipe)
+    )
 
 
 def _papers(method: str) -> tuple[Paper, ...]:
@@ -83,9 +95,8 @@ def _papers(method: str) -> tuple[Paper, ...]:
 
 
 def _yaml(content: dict[str, Any]) -> str:
-    yaml, text = YAML(typ="safe"), StringIO()
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
-    yaml.dump(content, text)
+    text = StringIO()
+    YAML().dump(content, text)
     return text.getvalue()
 
 
@@ -127,7 +138,7 @@ def _drawing(figure: Figure, name: str) -> str:
 def _value(value: Any) -> str:
     """A value of a change or of the environment, as a table shows it."""
     if value is None:
-        return "–"
+        return MISSING
     if isinstance(value, int) and not isinstance(value, bool):
         return count(value)
     if isinstance(value, float):

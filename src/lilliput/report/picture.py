@@ -67,7 +67,9 @@ def _draw(run: RunData) -> str:
     dense = ("dense", figures["dense_bytes"], figures["baseline_score"])
     bars = [dense, *((s["name"], s["bytes"], s["score"]) for s in run.stages)]
     rows = [_row(n, name, size, score, dense[1]) for n, (name, size, score) in enumerate(bars)]
-    said = "; ".join(f"{name}: {count(size)} bytes, {decimals(score)}" for name, size, score in bars)
+    said = "; ".join(
+        f"{name}: {count(size)} bytes, {decimals(score)}" for name, size, score in bars
+    )
     return _PICTURE.substitute(
         width=_WIDTH, height=_TOP + _STEP * len(bars), bars=_NAMES, score=_SCORE,
         label=quoteattr(f"{run.name}. {figures['score_name']}. {said}."),

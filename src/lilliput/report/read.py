@@ -16,10 +16,10 @@ from typing import Any
 from .. import artifact
 from ..errors import InputError
 
-_FIGURES = frozenset(
-    "score score_name baseline_score score_drop parameters nonzeros bytes dense_bytes size_ratio "
-    "entropy_bytes latency_ratio stages".split()
-)
+_FIGURES = frozenset((
+    "score", "score_name", "baseline_score", "score_drop", "parameters", "nonzeros", "bytes",
+    "dense_bytes", "size_ratio", "entropy_bytes", "latency_ratio", "stages",
+))  # fmt: skip
 _STAGE_FIGURES = _FIGURES - {"baseline_score", "stages"} | {"name", "methods", "artifact", "layers"}
 
 
@@ -83,7 +83,6 @@ def read_run(path: Path) -> RunData:
     figures = _object(path / "result.json")
     _check_figures(path / "result.json", figures)
     recipe = _object(path / "resolved.json")
-    sensitivity = path / "sensitivity.json"
     return RunData(
         directory=path,
         name=str(recipe.get("name") or path.resolve().name),
@@ -92,7 +91,7 @@ def read_run(path: Path) -> RunData:
         environment=_object(path / "environment.json"),
         metrics=_lines(path / "metrics.jsonl"),
         changes=_json(path / "changes.json"),
-        sensitivity=_object(sensitivity) if sensitivity.exists() else None,
+        sensitivity=_sensitivity(path / "sensitivity.json"),
     )
 
 
@@ -121,7 +120,9 @@ def _told_apart(run: RunData, runs: Sequence[RunData]) -> str:
 
 def _check_finished(path: Path) -> None:
     if not path.is_dir():
-        raise InputError(f"{path} is no directory. Name a run directory, as `lilliput run` writes it.")
+        raise InputError(
+            f"{path} is no directory. Name a run directory, as `lilliput run` writes it."
+        )
     needed = ("resolved.json", "environment.json", "result.json", "changes.json")
     missing = [name for name in needed if not (path / name).is_file()]
     if "resolved.json" in missing:
@@ -149,7 +150,7 @@ def _check_keys(file: Path, where: str, figures: Any, needed: frozenset[str]) ->
     present = figures.keys() if isinstance(figures, dict) else set()
     if missing := sorted(needed - present):
         names = ", ".join(where + name for name in missing)
-        raise InputError(f"{file} lacks the figures {names}. {_ADVICE}")
+        raise InputError(f"{file} lacks {names}. {_ADVICE}")
 
 
 _ADVICE = "It was written by another version or altered; run the recipe again with --fresh."
@@ -170,8 +171,21 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     """One object a line; no file where no stage trained."""
     if not file.exists():
         return []
-    lines = enumerate(_text(file).splitlines(), start=1)
-    return [_parse(line, f"{file}:{number}") for number, line in lines if line.strip()]
+    texts = enumerate(_text(file).splitlines(), start=1)
+    lines = [_parse(text, f"{file}:{number}") for number, text in texts if text.strip()]
+    for number, line in enumerate(lines, start=1):
+        _check_keys(file, f"{number}.", line, frozenset({"stage", "epoch"}))
+    return lines
+
+
+def _sensitivity(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    content = _object(file)
+    _check_keys(file, "", content, frozenset({"baseline", "score_name", "rows"}))
+    for number, row in enumerate(content["rows"]):
+        _check_keys(file, f"rows.{number}.", row, frozenset({"layer", "kind", "amount", "score"}))
+    return content
 
 
 def _text(file: Path) -> str:

@@ -15,6 +15,7 @@ _COPIED = (
     "score", "score_name", "baseline_score", "score_drop", "parameters", "nonzeros", "bytes",
     "dense_bytes", "size_ratio", "entropy_bytes", "latency_ratio",
 )  # fmt: skip
+MISSING = "n/a"
 _DENSE_LATENCY = 0.9  # above it, and with zeros to skip, the zeros evidently run as multiplications
 _FEW_ZEROS = 0.05
 
@@ -26,12 +27,12 @@ def count(value: float | None) -> str:
         >>> count(184653)
         '184,653'
     """
-    return "–" if value is None else f"{value:,.0f}"
+    return MISSING if value is None else f"{value:,.0f}"
 
 
 def decimals(value: float | None) -> str:
     """Two decimals: scores and latency ratios."""
-    return "–" if value is None else f"{value:,.2f}"
+    return MISSING if value is None else f"{value:,.2f}"
 
 
 def ratio(value: float | None) -> str:
@@ -39,11 +40,11 @@ def ratio(value: float | None) -> str:
 
     Example:
         >>> ratio(33.89), ratio(231.4)
-        ('33.9×', '231×')
+        ('33.9x', '231x')
     """
     if value is None:
-        return "–"
-    return f"{value:,.1f}×" if value < 100 else f"{value:,.0f}×"
+        return MISSING
+    return f"{value:,.1f}x" if value < 100 else f"{value:,.0f}x"
 
 
 def comparison(runs: Sequence[RunData]) -> list[dict[str, Any]]:
@@ -56,14 +57,18 @@ def comparison(runs: Sequence[RunData]) -> list[dict[str, Any]]:
 
 def markdown_table(runs: Sequence[RunData]) -> str:
     """The comparison as a Markdown table, for a README or an issue."""
-    rows = comparison(runs)
-    names = dict.fromkeys(row["score_name"] for row in rows)
-    score = next(iter(names)) if len(names) == 1 else "score"
+    rows, score = comparison(runs), shared_score_name(runs)
     header = ["run", score, "baseline", "parameters", "non-zeros", "bytes on disk", "size ratio",
               "latency ratio"]  # fmt: skip
     align = ["---", *["---:"] * (len(header) - 1)]
-    lines = [header, align, *(_markdown_cells(row, len(names) > 1) for row in rows)]
+    lines = [header, align, *(_markdown_cells(row, score) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def shared_score_name(runs: Sequence[RunData]) -> str:
+    """The name of all runs' score, or "score" where they measure different things."""
+    names = {str(run.figures["score_name"]) for run in runs}
+    return names.pop() if len(names) == 1 else "score"
 
 
 def notes(run: RunData) -> list[str]:
@@ -79,8 +84,8 @@ def _row(run: RunData) -> dict[str, Any]:
     return {"name": run.name, **copied, "expected": len(expect), "held": held}
 
 
-def _markdown_cells(row: dict[str, Any], with_unit: bool) -> list[str]:
-    unit = f" {row['score_name']}" if with_unit else ""
+def _markdown_cells(row: dict[str, Any], heading: str) -> list[str]:
+    unit = "" if row["score_name"] == heading else f" ({row['score_name']})"
     cells = [
         row["name"],
         decimals(row["score"]) + unit,

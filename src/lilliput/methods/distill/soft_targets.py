@@ -1,6 +1,7 @@
 """Soft targets: a student learns the softened class probabilities of its teacher.
 
-Paper: Distilling the Knowledge in a Neural Network (Hinton, Vinyals, Dean; NIPS Workshop 2014; arXiv 1503.02531)
+Paper: Distilling the Knowledge in a Neural Network (Hinton, Vinyals, Dean; NIPS Deep Learning
+Workshop 2014; arXiv 1503.02531)
 
 Equation 1: ``q_i = exp(z_i / T) / sum_j exp(z_j / T)``. The loss is ``hard_weight * H(y, q at T=1)`` plus
 ``soft_weight * T**2 * KL(teacher at T || student at T)``; the factor ``T**2`` keeps the weight of the soft

@@ -22,8 +22,8 @@ from torch.utils import _pytree as pytree
 from ...core.run import Run
 from ...core.select import Weight
 from ...core.task import call, evaluation
-from ...mechanisms.encodings import bake, original_of
-from ._masking import mask_of, restore_zeros
+from ...mechanisms.encodings import bake, original_of, reapply, stored_masks
+from ._masking import mask_of
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -46,7 +46,7 @@ def remove_dead_connections(run: Run, weights: list[Weight]) -> None:
     for weight in plain:
         unfed, unneeded = dead[weight.layer]
         _cut(weight, unneeded, _fold(weight, unfed, constants[weight.layer]))
-    restore_zeros(run)
+    reapply(stored_masks(run.model))
     if not _same(before, _outputs(run.model, inputs)):
         run.model.load_state_dict(state)
 
@@ -72,7 +72,7 @@ def _dead_channels(
     )
     with torch.enable_grad():
         outputs = [t for t in pytree.tree_leaves(call(positive, ones)) if isinstance(t, Tensor)]
-        torch.stack([t.sum() for t in outputs]).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack([t.sum() for t in outputs]).sum().backward()
     nothing = torch.zeros(1)
     return {
         w.layer: (

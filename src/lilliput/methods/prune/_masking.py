@@ -6,29 +6,23 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ...core.run import Run
 from ...core.select import Weight
 from ...core.types import Change
-from ...mechanisms.encodings import Mask, encode, encoding_of, reapply, stored_masks
+from ...mechanisms.encodings import Mask, encode, encoding_of
 
 
-def put_masks(weights: list[Weight], policy: str) -> None:
-    """Give every weight a mask that lets through what is not zero yet, unless it has one."""
+def put_masks(weights: list[Weight]) -> None:
+    """Give every weight a hard mask that lets through what is not zero yet, unless it has a mask."""
     for weight in weights:
         if encoding_of(weight, Mask) is None:
-            encode(weight, Mask(weight.value.detach() != 0, policy))
+            encode(weight, Mask(weight.value.detach() != 0))
 
 
 def mask_of(weight: Weight) -> Mask:
     """The mask of a weight that :func:`put_masks` has treated."""
     mask = encoding_of(weight, Mask)
-    assert mask is not None  # noqa: S101 - put_masks came first
+    assert mask is not None
     return mask
-
-
-def restore_zeros(run: Run) -> None:
-    """Store the zeros of all hard masks again, after the optimizer has moved the weights."""
-    reapply(stored_masks(run.model))
 
 
 def changes(

@@ -7,9 +7,8 @@ Equation 1: ``s_t = s_f + (s_i - s_f) * (1 - (t - t_0) / (n * dt))**3``. Every `
 smallest magnitude of each layer are masked so that exactly ``round(s_t * N)`` are zero; masked weights
 get no update, and training goes on between and after.
 
-Faithful: schedule, ranking within a layer, masked weights stay at zero. As an option,
-``regrow`` keeps the values of pruned weights and their dense gradients (a straight-through mask), so
-that the ranking may bring them back; the mask is then made hard at the end.
+Faithful: schedule, ranking within a layer, masked weights stay at zero. As options, the ranking may
+go over all layers together, and dead neurons lose their other connections at the end.
 
 The schedule itself is :class:`lilliput.core.schedule.Schedule`, which other methods use too.
 
@@ -21,7 +20,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 from torch import Tensor
 
 from ...core.method import Method
@@ -30,10 +29,10 @@ from ...core.run import Run
 from ...core.schedule import Schedule
 from ...core.select import Weight, select
 from ...core.types import Change, Layers, PerLayer, Sparsity, resolve
-from ...mechanisms.encodings import Mask, encode, original_of, reapply, stored_masks
+from ...mechanisms.encodings import reapply, stored_masks
 from ...mechanisms.ranking import keep_largest, keep_largest_together
 from ._dead import remove_dead_connections
-from ._masking import changes, mask_of, nonzeros, put_masks, restore_zeros
+from ._masking import changes, mask_of, nonzeros, put_masks
 
 
 @method
@@ -45,7 +44,6 @@ class Gradual(Method):
         scope: rank within each layer as the paper does, or over all layers together.
         layers: pattern over module names.
         schedule: shape, begin, end, initial sparsity and distance of the updates in steps.
-        regrow: let pruned weights come back while the sparsity still rises.
         remove_dead: cut the other connections of neurons that have lost all inputs or all outputs.
 
     Example:
@@ -59,16 +57,13 @@ class Gradual(Method):
     scope: Literal["layer", "global"] = "layer"
     layers: Layers = "*"
     schedule: Schedule = Field(default_factory=lambda: Schedule(shape="cubic", end=0.75))
-    regrow: bool = False
     remove_dead: bool = True
-
-    _stored: list[tuple[Tensor, Mask]] | None = PrivateAttr(default=None)
 
     def attach(self, run: Run) -> None:
         """Put masks on that let everything through."""
         chosen = self._chosen(run)
         self.memory(run)["before"] = {w.name: nonzeros(w.value) for w in chosen}
-        put_masks(chosen, "straight_through" if self.regrow else "hard")
+        put_masks(chosen)
         if not run.total_steps:
             self._prune(run, 1.0)
 
@@ -78,24 +73,15 @@ class Gradual(Method):
             self._prune(run, run.progress)
             self.memory(run)["settled"] = run.progress >= self.schedule.end
 
-    def after_step(self, run: Run) -> None:
-        """Momentum and weight decay have moved the zeros: store them again."""
-        if self._stored is None:
-            self._stored = stored_masks(run.model)
-        reapply(self._stored)
-
     def settled(self, run: Run) -> bool:
         """Whether the final sparsity is reached."""
         return bool(self.memory(run).get("settled"))
 
     def finish(self, run: Run) -> list[Change]:
-        """Reach the final sparsity, make the masks hard, cut dead neurons."""
+        """Reach the final sparsity; cut dead neurons."""
         chosen = self._chosen(run)
         if not self.settled(run):
             self._prune(run, 1.0)
-        for weight in chosen:
-            if mask_of(weight).policy != "hard":
-                encode(weight, Mask(mask_of(weight).mask.clone()))
         if self.remove_dead:
             remove_dead_connections(run, chosen)
         return changes(self.method_name(), chosen, self.memory(run)["before"], lambda w: "")
@@ -106,11 +92,10 @@ class Gradual(Method):
 
     def _prune(self, run: Run, progress: float) -> None:
         chosen = self._chosen(run)
-        # What trains keeps the values of pruned weights when they may return.
-        scores = [original_of(w).detach().abs() for w in chosen]
+        scores = [w.value.detach().abs() for w in chosen]
         for weight, mask in zip(chosen, self._masks(chosen, scores, progress), strict=True):
             mask_of(weight).update(mask)
-        restore_zeros(run)
+        reapply(stored_masks(run.model))
 
     def _masks(self, chosen: list[Weight], scores: list[Tensor], progress: float) -> list[Tensor]:
         if self.scope == "global" and not isinstance(self.sparsity, dict):

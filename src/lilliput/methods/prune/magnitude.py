@@ -23,9 +23,10 @@ smaller, not an inference faster; for speed remove whole channels.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ...core.method import Method
@@ -34,10 +35,10 @@ from ...core.run import Run
 from ...core.select import Weight, select
 from ...core.types import Change, Fraction, Layers, PerLayer, Positive, Sparsity, resolve
 from ...errors import InputError
-from ...mechanisms.encodings import Mask, reapply, stored_masks
+from ...mechanisms.encodings import reapply, stored_masks
 from ...mechanisms.ranking import keep_largest, keep_largest_together
 from ._dead import remove_dead_connections
-from ._masking import changes, mask_of, nonzeros, put_masks, restore_zeros
+from ._masking import changes, mask_of, nonzeros, put_masks
 
 
 def above_threshold(weight: Tensor, quality: float, deviation: float) -> Tensor:
@@ -52,7 +53,7 @@ def corrected_dropout(rate: float, kept: int, total: int) -> float:
         >>> corrected_dropout(0.5, 25, 100)
         0.25
     """
-    return rate * float(kept / total) ** 0.5
+    return rate * math.sqrt(kept / total)
 
 
 @method
@@ -94,8 +95,6 @@ class Magnitude(Method):
             raise ValueError("scope: global ranks all layers together: give one sparsity for all")
         return self
 
-    _stored: list[tuple[Tensor, Mask]] | None = PrivateAttr(default=None)
-
     def attach(self, run: Run) -> None:
         """Put the masks on, and prune for the first time."""
         chosen = self._chosen(run)
@@ -104,18 +103,12 @@ class Magnitude(Method):
         memory["deviation"] = {w.name: float(w.value.detach().std()) for w in chosen}
         memory["dropout"] = dict(_dropouts(run.model))
         memory["round"] = 0
-        put_masks(chosen, "hard")
+        put_masks(chosen)
         self._prune_if_due(run)
 
     def before_step(self, run: Run) -> None:
         """Prune again when the next round begins."""
         self._prune_if_due(run)
-
-    def after_step(self, run: Run) -> None:
-        """Momentum and weight decay have moved the zeros: store them again."""
-        if self._stored is None:
-            self._stored = stored_masks(run.model)
-        reapply(self._stored)
 
     def settled(self, run: Run) -> bool:
         """Whether the last round has pruned."""
@@ -157,7 +150,7 @@ class Magnitude(Method):
         chosen = self._chosen(run)
         for weight, mask in zip(chosen, self._masks(run, chosen, part), strict=True):
             mask_of(weight).update(mask_of(weight).mask & mask)
-        restore_zeros(run)
+        reapply(stored_masks(run.model))
         if self.correct_dropout:
             self._weaken_dropout(run, chosen)
 

@@ -29,7 +29,7 @@ from ...core.types import Bits, Change, Layers, PerLayer, resolve
 from ...errors import InputError
 from ...mechanisms.clustering import Init
 from ...mechanisms.encodings import Codebook as Shared
-from ...mechanisms.encodings import encode, strip
+from ...mechanisms.encodings import encode
 
 
 @method
@@ -64,8 +64,7 @@ class Codebook(Method):
                 )
             bits = resolve(self.bits, weight.layer) or 0
             fitted = Shared.fitted(weight.value, bits, self.init, seed=run.seed + number)
-            strip(weight)  # the zeros of a mask live on as code 0
-            encode(weight, fitted)
+            encode(weight, fitted)  # the zeros of a mask around it have become code 0
 
     def finish(self, run: Run) -> list[Change]:
         """Report how many values each layer has now."""

@@ -1,0 +1,213 @@
+"""What a training step costs in the engine, against the same step written by hand.
+
+    python benchmarks/step_cost.py            # prints the table, writes results/step_cost.json
+
+Both sides read the same kind of batches, use the same optimizer and do the same mathematics. They take turns,
+step by step, and the figure is the ratio of the medians of process CPU time, on one thread.
+The data are random: their values do not change the cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lilliput
+from lilliput.core.recipe import Train
+from lilliput.core.run import Run
+from lilliput.core.task import Task, accuracy
+from lilliput.engine.records import RunDirectory, environment
+from lilliput.engine.training import Training
+from lilliput.mechanisms.encodings import Codebook as Shared
+from lilliput.methods import Codebook, Gradual, SoftTargets
+from lilliput.tasks._arrays import ArrayBatches
+
+Step = Callable[[], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/step_cost.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for name, shape, steps in (
+        ("lenet_300_100", (1, 28, 28), options.steps * 4),
+        ("lenet_5", (1, 28, 28), options.steps),
+        ("resnet20", (3, 32, 32), max(10, options.steps // 5)),
+    ):
+        for case, engine, hand in cases(name, shape):
+            ratio = compare(engine, hand, steps)
+            rows.append({"network": name, "case": case, "ratio": ratio, "steps": steps})
+            print(f"{name:14} {case:38} {ratio:.3f}", flush=True)
+    options.out.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n")
+
+
+def cases(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Step, Step]]:
+    network = lilliput.build(name)
+    teacher = copy.deepcopy(network).eval().requires_grad_(False)
+    data = batches(shape)
+    yield "plain", engine_step(network, data, []), plain(network, data)
+    soft = SoftTargets(teacher="original", temperature=4.0)
+    yield "soft_targets", engine_step(network, data, [soft]), taught(network, data, teacher)
+    cached = SoftTargets(teacher="original", temperature=4.0, cache=True)
+    yield "cached soft_targets / student only", engine_step(network, data, [cached]), plain(network, data)
+    masks = Gradual(sparsity=0.9, schedule={"shape": "constant"}, remove_dead=False)
+    pruned = prune(network)
+    yield "masks / by hand", engine_step(pruned, data, [masks]), masked(pruned, data)
+    both = [masks, Codebook(bits=5)]
+    yield "masks and codebooks / by hand", engine_step(pruned, data, both), shared(pruned, data)
+    yield "masks and codebooks / plain", engine_step(pruned, data, both), plain(network, data)
+
+
+def batches(shape: tuple[int, ...]) -> ArrayBatches:
+    inputs, labels = torch.randn(12_800, *shape), torch.randint(0, 10, (12_800,))
+    return ArrayBatches(inputs, labels, 128, shuffle=True)
+
+
+def engine_step(network: nn.Module, data: ArrayBatches, methods: list[Any]) -> Step:
+    """One step of the engine, batch and all."""
+    home = Path(tempfile.mkdtemp())
+    task = Task(data, data, None, F.cross_entropy, accuracy)
+    run = Run(
+        model=copy.deepcopy(network),
+        task=task,
+        original=copy.deepcopy(network).eval().requires_grad_(False),
+        methods=[method.model_copy() for method in methods],
+        total_steps=10**6,
+        directory=home,
+    )
+    for method in run.methods:
+        method.attach(run)
+    training = Training(run, Train(epochs=10_000, lr=1e-3), RunDirectory(home / "run", {}))
+    stream = itertools.chain.from_iterable(training._rest(None) for _ in itertools.count())
+    return lambda: training.loop.step(next(stream))
+
+
+def plain(network: nn.Module, data: ArrayBatches) -> Step:
+    network = copy.deepcopy(network)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+    stream = endless(data)
+
+    def step() -> None:
+        batch = next(stream)
+        optimizer.zero_grad()
+        F.cross_entropy(network(batch.inputs), batch.target).backward()
+        optimizer.step()
+
+    return step
+
+
+def taught(network: nn.Module, data: ArrayBatches, teacher: nn.Module) -> Step:
+    network = copy.deepcopy(network)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+    stream = endless(data)
+
+    def step() -> None:
+        batch = next(stream)
+        optimizer.zero_grad()
+        with torch.no_grad():
+            target = F.log_softmax(teacher(batch.inputs) / 4, dim=1)
+        output = network(batch.inputs)
+        soft = F.kl_div(F.log_softmax(output / 4, dim=1), target, reduction="batchmean", log_target=True)
+        (0.5 * F.cross_entropy(output, batch.target) + 0.5 * 16 * soft).backward()
+        optimizer.step()
+
+    return step
+
+
+def masked(network: nn.Module, data: ArrayBatches) -> Step:
+    network = copy.deepcopy(network)
+    matrices = [p for p in network.parameters() if p.ndim > 1]
+    masks = [(p != 0).float() for p in matrices]
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+    stream = endless(data)
+
+    def step() -> None:
+        batch = next(stream)
+        optimizer.zero_grad()
+        F.cross_entropy(network(batch.inputs), batch.target).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for matrix, mask in zip(matrices, masks, strict=True):
+                matrix.mul_(mask)
+
+    return step
+
+
+def shared(network: nn.Module, data: ArrayBatches) -> Step:
+    """Shared values by hand: dense weights are rebuilt from centroids, gradients are summed."""
+    network = copy.deepcopy(network)
+    matrices = {n: p for n, p in network.named_parameters() if p.ndim > 1}
+    tables = {n: Shared.fitted(p, 5, "exact") for n, p in matrices.items()}
+    members = {n: t.members() for n, t in tables.items()}
+    centroids = {n: nn.Parameter(t.start.clone()) for n, t in tables.items()}
+    others = [p for p in network.parameters() if p.ndim == 1]
+    optimizer = torch.optim.Adam([*others, *centroids.values()], lr=1e-3, fused=True)
+    stream = endless(data)
+
+    def step() -> None:
+        batch = next(stream)
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for name, matrix in matrices.items():
+                codes, places = members[name]
+                matrix.grad = None
+                flat = matrix.view(-1)
+                flat.copy_(centroids[name][codes]) if places is None else flat.index_copy_(
+                    0, places, centroids[name][codes]
+                )
+        F.cross_entropy(network(batch.inputs), batch.target).backward()
+        for name, matrix in matrices.items():
+            centroids[name].grad = summed(matrix.grad, centroids[name], *members[name])
+        optimizer.step()
+
+    return step
+
+
+def summed(grad: Tensor, centroids: Tensor, codes: Tensor, places: Tensor | None) -> Tensor:
+    flat = grad.view(-1) if places is None else grad.view(-1)[places]
+    return torch.zeros_like(centroids).index_add_(0, codes, flat)
+
+
+def prune(network: nn.Module) -> nn.Module:
+    network = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(parameter.abs() >= parameter.abs().quantile(0.9) if parameter.numel() < 10**6
+                               else parameter.abs() >= parameter.abs().median())
+    return network
+
+
+def endless(data: ArrayBatches) -> Iterator[Any]:
+    return itertools.chain.from_iterable(iter(data) for _ in itertools.count())
+
+
+def compare(engine: Step, hand: Step, steps: int) -> float:
+    """The ratio of the medians of CPU time, the two taking turns."""
+    times: dict[Step, list[int]] = {engine: [], hand: []}
+    for number in range(steps + 5):
+        for step in (engine, hand) if number % 2 else (hand, engine):
+            begin = time.process_time_ns()
+            step()
+            if number >= 5:
+                times[step].append(time.process_time_ns() - begin)
+    return median(times[engine]) / median(times[hand])
+
+
+if __name__ == "__main__":
+    main()
