@@ -28,12 +28,13 @@ def coded(shape, kept, levels, seed=0):
 def network():
     rng = np.random.default_rng(7)
     conv = coded((20, 6, 5, 5), 0.2, 17)
+    many = rng.normal(size=1000).astype(np.float32)
     sparse = np.where(rng.random((100, 90)) < 0.1, rng.normal(size=(100, 90)), 0)
     return {
         "conv": conv,
         "shared": Coded(conv.codes[::2], conv.codebook),
         "fc": coded((500, 90), 0.05, 33),
-        "wide": Coded(rng.integers(0, 1000, (40, 37)).astype(np.uint16), rng.normal(size=1000).astype(np.float32)),
+        "wide": Coded(rng.integers(0, 1000, (40, 37)).astype(np.uint16), many),
         "constant": Coded(np.zeros((4, 5), np.uint8), np.array([3.0], np.float32)),
         "no zero": Coded(rng.integers(0, 2, (30, 30)).astype(np.uint8), np.array([-1, 1], np.float32)),
         "sparse": sparse.astype(np.float32),

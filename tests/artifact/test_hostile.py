@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import resource
@@ -43,7 +44,7 @@ def file_of(folder, profile, **options):
 def reseal(path, **changes):
     """Change the entry of the first tensor, and correct the checksum of the header."""
     with path.open("rb") as file:
-        document, profile, header = layout.unseal(file, path.stat().st_size)
+        document, profile, _ = layout.unseal(file, path.stat().st_size)
     entries = {name: document.entries[name] for name in document.entries}
     payloads = {n: path.read_bytes()[e.offset : e.offset + e.size] for n, e in entries.items()}
     if "payload" in changes:
@@ -94,10 +95,10 @@ def test_the_error_names_file_and_tensor(tmp_path, profile):
     data = bytearray(path.read_bytes())
     data[entry.offset + entry.size // 2] ^= 4
     path.write_bytes(data)
-    with pytest.raises(CorruptArtifact, match="file: tensor 'first': part 0 .*checksum.*again"):
+    with pytest.raises(CorruptArtifact, match=r"file: tensor 'first': part 0 .*checksum.*again"):
         read(path)
     path.write_bytes(data[:-1])
-    with pytest.raises(CorruptArtifact, match="truncated: .* cuts tensor '(first|second)'"):
+    with pytest.raises(CorruptArtifact, match=r"truncated: .* cuts tensor '(first|second)'"):
         read(path)
 
 
@@ -280,6 +281,13 @@ def header(document, outer=""):
     )
 
 
+def one(dtype="U8", at=0, **changes):
+    """A header with one empty tensor, and something wrong with it."""
+    entry = {"c": "raw", "s": [0], "d": "U8", "n": 0, "k": [0, 0]} | changes
+    seen = {"dtype": dtype, "shape": [0], "data_offsets": [at, at]}
+    return header(json.dumps({"v": 1, "t": {"a": entry}}), f',"a":{json.dumps(seen)}')
+
+
 @pytest.mark.parametrize(
     ("text", "error", "words"),
     [
@@ -296,12 +304,12 @@ def header(document, outer=""):
         (header('{"v":1,"t":{"a":{}}}'), CorruptArtifact, "should stand"),
         (header('{"v":1,"t":{}}', ',"a":{}'), CorruptArtifact, "same tensors"),
         (header(7), CorruptArtifact, "string"),
-        (header('{"v":1,"t":{"a":{"c":"lzma","s":[1],"d":"U8","n":0,"k":[0,0]}}}', ',"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'), UnsupportedArtifact, "lzma"),
-        (header('{"v":1,"t":{"a":{"c":"raw","s":[-1],"d":"U8","n":0,"k":[0,0]}}}', ',"a":{}'), CorruptArtifact, "integer"),
-        (header('{"v":1,"t":{"a":{"c":"raw","s":[1.5],"d":"U8","n":0,"k":[0,0]}}}', ',"a":{}'), CorruptArtifact, "integer"),
-        (header('{"v":1,"t":{"a":{"c":"raw","s":[true],"d":"U8","n":0,"k":[0,0]}}}', ',"a":{}'), CorruptArtifact, "integer"),
-        (header('{"v":1,"t":{"a":{"c":"raw","s":[0],"d":"U8","n":0,"k":[0,0]}}}', ',"a":{"dtype":"U8","shape":[0],"data_offsets":[9,9]}'), CorruptArtifact, "no tensor|truncated"),
-        (header('{"v":1,"t":{"a":{"c":"raw","s":[0],"d":"U8","n":0,"k":[0,0]}}}', ',"a":{"dtype":"I8","shape":[0],"data_offsets":[0,0]}'), CorruptArtifact, "contradict"),
+        (one(c='lzma', dtype='U8', at=0), UnsupportedArtifact, "lzma"),
+        (one(s=[-1]), CorruptArtifact, "integer"),
+        (one(s=[1.5]), CorruptArtifact, "integer"),
+        (one(), CorruptArtifact, "integer"),
+        (one(s=[0], dtype='U8', at=9), CorruptArtifact, "no tensor|truncated"),
+        (one(s=[0], dtype='I8', at=0), CorruptArtifact, "contradict"),
     ],
 )  # fmt: skip
 def test_forged_headers(tmp_path, text, error, words):
@@ -341,10 +349,8 @@ def test_random_bytes_do_not_crash_a_decoder(codec):
     rng = np.random.default_rng(0)
     for _ in range(300):
         data = Bytes(rng.bytes(int(rng.integers(0, 60))))
-        try:
+        with contextlib.suppress(CorruptArtifact):
             CODECS[codec].decode(data, 100, int(rng.choice([1, 2, 4])))
-        except CorruptArtifact:
-            pass
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
@@ -365,7 +371,7 @@ def test_a_disk_that_refuses_leaves_everything_as_it_was(tmp_path, before):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(ArtifactError, match="cannot write .*file"):
+        with pytest.raises(ArtifactError, match=r"cannot write .*file"):
             artifact.write(path, {"w": np.ones(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -375,7 +381,7 @@ def test_a_disk_that_refuses_leaves_everything_as_it_was(tmp_path, before):
 
 def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(ArtifactError, match="No space left.*Free some space"):
+    with pytest.raises(ArtifactError, match=r"No space left.*Free some space"):
         artifact.write(tmp_path / "file", tensors())
     assert not list(tmp_path.iterdir())
 
@@ -401,5 +407,5 @@ def test_a_file_that_shrinks_while_it_is_open(tmp_path):
     with artifact.open(path) as file:
         with path.open("r+b") as other:
             other.truncate(20_000)
-        with pytest.raises(CorruptArtifact, match="tensor 'w': .*truncated while it was open"):
+        with pytest.raises(CorruptArtifact, match=r"tensor 'w': .*truncated while it was open"):
             file.dense("w")

@@ -69,6 +69,7 @@ def test_names_are_escaped(make_run: Any, tmp_path: Path) -> None:
     assert "&lt;img src=x" in page
     assert "<img" not in page
     assert "</script><b>" not in page
+    assert "\\u003cimg" not in page  # plotly would take it for a tag
 
 
 def test_optional_figures(make_run: Any, tmp_path: Path) -> None:

@@ -115,7 +115,8 @@ class ArtifactSettings(Settings):
         codec: one codec for all encoded tensors, or ``"auto"`` for the smallest a tensor.
         floats: type of what stays a number (biases, centroids, unencoded weights). ``"float16"``
             rounds; the score that is reported is the rounded model's.
-        profile: ``"safetensors"``, ``"compact"`` (small header, for tiny networks), or ``"auto"``.
+        profile: ``"safetensors"``, ``"compact"`` (small header, for tiny networks: of the recipe only its
+            fingerprint), or ``"auto"``.
     """
 
     codec: str = "auto"

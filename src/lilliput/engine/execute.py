@@ -27,7 +27,7 @@ from . import distributed
 from .optim import freeze_others
 from .outcome import Result, expectations, stage_record
 from .progress import Watcher
-from .records import RunDirectory
+from .records import RunDirectory, fingerprint
 from .seeds import seed_all
 from .training import Training, length
 
@@ -193,14 +193,10 @@ class _Execution:
     def _write_and_read(self, path: Path, figures: dict[str, Any]) -> nn.Module:
         if self.home.leader:
             path.parent.mkdir(parents=True, exist_ok=True)
-            description = self.job.description
-            io.save(
-                self.run.model,
-                path,
-                settings=self.job.artifact,
-                recipe=description,
-                figures=figures,
-            )
+            settings, recipe = self.job.artifact, self.job.description
+            if settings.profile == "compact":  # where a recipe would be a tenth of the file
+                recipe = {"fingerprint": fingerprint(recipe)}
+            io.save(self.run.model, path, settings=settings, recipe=recipe, figures=figures)
         distributed.barrier()
         empty = bake(copy.deepcopy(self.run.model)).cpu()
         return io.load(path, model=empty).to(self.run.device)

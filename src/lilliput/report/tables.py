@@ -96,7 +96,7 @@ def _markdown_cells(row: dict[str, Any], heading: str) -> list[str]:
         ratio(row["size_ratio"]),
         decimals(row["latency_ratio"]),
     ]
-    return [cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for cell in cells]
+    return [" ".join(cell.split()).replace("\\", "\\\\").replace("|", "\\|") for cell in cells]
 
 
 def _on_zeros(run: RunData) -> str:
