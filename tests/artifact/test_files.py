@@ -94,21 +94,18 @@ def test_csr_is_scipys(tmp_path, codec, chunk):
     with artifact.open(tmp_path / "file") as file:
         for name, tensor in tensors.items():
             truth = values(tensor)
-            matrix = (
-                truth.reshape(len(truth), -1)
-                if truth.size > 1
-                else truth.reshape(len(np.atleast_1d(truth)), truth[:1].size if truth.ndim else 1)
-            )
+            rows = len(truth) if truth.ndim else 1
+            matrix = truth.reshape(rows, int(np.prod(truth.shape[1:])))
             expected = scipy.sparse.csr_matrix(matrix)
-            data, columns, rows = file.csr(name)
+            data, columns, starts = file.csr(name)
             assert np.array_equal(data, expected.data), name
             assert np.array_equal(columns, expected.indices), name
-            assert np.array_equal(rows, expected.indptr), name
+            assert np.array_equal(starts, expected.indptr), name
 
 
 def test_any_safetensors_reader_opens_it(tmp_path):
     tensors = network()
-    del tensors["bf16"]  # not for lack of trying: safetensors cannot hand it to NumPy
+    del tensors["bf16"]  # safetensors cannot hand it to NumPy
     path = tmp_path / "net.safetensors"
     artifact.write(path, tensors, structure={"architecture": "lenet"})
     with safe_open(path, "numpy") as file:

@@ -304,12 +304,12 @@ def one(dtype="U8", at=0, **changes):
         (header('{"v":1,"t":{"a":{}}}'), CorruptArtifact, "should stand"),
         (header('{"v":1,"t":{}}', ',"a":{}'), CorruptArtifact, "same tensors"),
         (header(7), CorruptArtifact, "string"),
-        (one(c='lzma', dtype='U8', at=0), UnsupportedArtifact, "lzma"),
+        (one(c="lzma"), UnsupportedArtifact, "lzma"),
         (one(s=[-1]), CorruptArtifact, "integer"),
         (one(s=[1.5]), CorruptArtifact, "integer"),
-        (one(), CorruptArtifact, "integer"),
-        (one(s=[0], dtype='U8', at=9), CorruptArtifact, "no tensor|truncated"),
-        (one(s=[0], dtype='I8', at=0), CorruptArtifact, "contradict"),
+        (one(s=[True]), CorruptArtifact, "integer"),
+        (one(at=9), CorruptArtifact, "no tensor|truncated"),
+        (one(dtype="I8"), CorruptArtifact, "contradict"),
     ],
 )  # fmt: skip
 def test_forged_headers(tmp_path, text, error, words):

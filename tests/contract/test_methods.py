@@ -8,7 +8,7 @@ from lilliput.testing import MethodContract, registered_examples
 
 class TestRegisteredMethods(MethodContract):
     methods = registered_examples()
-    recipes = [entry.path for entry in registry.entries("recipe").values() if entry.path]
+    recipes = tuple(entry.path for entry in registry.entries("recipe").values() if entry.path)
 
 
 def test_the_registry_is_not_empty() -> None:

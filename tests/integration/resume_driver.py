@@ -58,13 +58,13 @@ def kill_while_writing(moment: str) -> None:
     real = os.fsync
 
     def fsync(handle: int) -> None:
-        name = os.readlink(f"/proc/self/fd/{handle}")
+        name = str(Path(f"/proc/self/fd/{handle}").readlink())
         if moment.startswith("writing ") and moment.removeprefix("writing ") in name:
             os.truncate(handle, os.fstat(handle).st_size // 2)
             die()
         real(handle)
 
-    os.fsync = fsync
+    os.fsync = fsync  # type: ignore[assignment]
 
 
 def run(directory: Path, *watchers: Watcher) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -52,7 +52,7 @@ def distinct_nonzeros(value: Tensor) -> int:
 def within_clusters(points: Tensor, cuts: tuple[int, ...]) -> float:
     """Sum of squared distances to the means of consecutive runs of sorted points."""
     bounds = [0, *cuts, len(points)]
-    parts = [points[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [points[a:b] for a, b in pairwise(bounds)]
     return sum(float(((p - p.mean()) ** 2).sum()) for p in parts)
 
 
@@ -104,7 +104,7 @@ def test_centroid_gradient_is_the_sum_of_its_members(init: str, zeros: bool) -> 
     encode(weight, Shared(codes, centroids))
     x, y = torch.randn(20, 9), torch.randn(20, 7)
     dense = weight.value.detach().clone().requires_grad_(True)
-    ((x @ dense.T - y) ** 2).sum().backward()  # type: ignore[no-untyped-call]
+    ((x @ dense.T - y) ** 2).sum().backward()
     ((layer(x) - y) ** 2).sum().backward()
     assert dense.grad is not None
     expected = torch.stack([dense.grad[codes == k].sum() for k in range(1, len(centroids) + 1)])
@@ -140,14 +140,16 @@ def test_equal_values_move_together() -> None:
     book, centroids = encoding_of(weight, Shared), original_of(weight)
     assert book is not None
     dense = weight.value.detach().clone().requires_grad_(True)
-    hidden = nn.functional.linear(x, dense, model[0].bias)  # type: ignore[arg-type,index,union-attr]
-    nn.functional.cross_entropy(model[1:](hidden), y).backward()  # type: ignore[index,no-untyped-call,operator]
+    hidden = nn.functional.linear(x, dense, model[0].bias)  # type: ignore[index]
+    nn.functional.cross_entropy(model[1:](hidden), y).backward()  # type: ignore[index]
     before = centroids.detach().clone()
     model.zero_grad()
     nn.functional.cross_entropy(model(x), y).backward()
     torch.optim.SGD([centroids], lr=lr).step()
     assert dense.grad is not None
-    summed = torch.zeros_like(before).index_add(0, book.codes.flatten().long() - 1, dense.grad.flatten())
+    summed = torch.zeros_like(before).index_add(
+        0, book.codes.flatten().long() - 1, dense.grad.flatten()
+    )
     torch.testing.assert_close(centroids.detach(), before - lr * summed)
 
 
@@ -157,7 +159,9 @@ def test_bits_by_layer_pattern() -> None:
     first, second, third = (w.value for w in select(result.model))
     assert len(first.unique()) == 4
     assert len(second.unique()) == 16
-    assert torch.equal(third, select(MLP.build())[2].value), "a layer without bits keeps its weights"
+    assert torch.equal(third, select(MLP.build())[2].value), (
+        "a layer without bits keeps its weights"
+    )
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.name)
@@ -168,7 +172,9 @@ def test_more_bits_come_nearer(network: lilliput.testing.TinyNetwork) -> None:
         model = network.build()
         run = Run(model, network.task(), methods=[method := Codebook(bits=bits)])
         method.attach(run)
-        errors.append(sum(float((w.value.detach() - dense[w.name]).square().sum()) for w in select(model)))
+        errors.append(
+            sum(float((w.value.detach() - dense[w.name]).square().sum()) for w in select(model))
+        )
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < errors[0] / 100
 
@@ -184,7 +190,7 @@ def test_few_values_are_kept_as_they_are() -> None:
 def test_a_layer_of_zeros_is_refused() -> None:
     model = MLP.build()
     with torch.no_grad():
-        model[0].weight.zero_()  # type: ignore[index,operator,union-attr]
+        model[0].weight.zero_()  # type: ignore[index]
     with pytest.raises(InputError, match=r"all weights of 0\.weight are zero"):
         lilliput.compress(model, MLP.task(), [Codebook()])
 

@@ -130,7 +130,7 @@ def test_half_of_an_all_equal_tensor_is_exactly_half() -> None:
 def test_global_scope_ranks_all_layers_together() -> None:
     model = MLP.build()
     with torch.no_grad():
-        model[5].weight.mul_(100.0)  # type: ignore[index,operator,union-attr]
+        model[5].weight.mul_(100.0)  # type: ignore[index]
     dense = values(model)
     attached(model, Magnitude(sparsity=0.5, scope="global"))
     flat = torch.cat([v.abs().flatten() for v in dense.values()])
@@ -162,10 +162,12 @@ def test_dropout_formula(kept: int, expected: float) -> None:
 
 
 def test_dropout_is_weakened_with_the_layer_before_it() -> None:
-    model = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Dropout(0.5), nn.Linear(20, 3), nn.Dropout(0.2))
+    model = nn.Sequential(
+        nn.Linear(12, 20), nn.ReLU(), nn.Dropout(0.5), nn.Linear(20, 3), nn.Dropout(0.2)
+    )
     run = attached(model, method := Magnitude(sparsity={"0": 0.75, "3": 0.0}, remove_dead=False))
-    assert model[2].p == pytest.approx(0.25)  # type: ignore[union-attr]
-    assert model[4].p == pytest.approx(0.2)  # type: ignore[union-attr]
+    assert model[2].p == pytest.approx(0.25)
+    assert model[4].p == pytest.approx(0.2)
     told = {c.where: (c.before, c.after) for c in method.finish(run) if c.what == "dropout rate"}
     assert told == {"2": (0.5, pytest.approx(0.25))}
 
@@ -175,7 +177,7 @@ def test_dropout_is_computed_from_the_dense_rate_in_every_round() -> None:
     run = attached(model, method := Magnitude(sparsity=0.75, rounds=3), total_steps=3)
     for run.step in (1, 2):
         method.before_step(run)
-    assert model[1].p == pytest.approx(0.25)  # type: ignore[union-attr]
+    assert model[1].p == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("step", [2, 7, 10])
@@ -196,7 +198,7 @@ def test_dropout_survives_an_interruption(step: int, tmp_path: Any) -> None:
         lilliput.compress(model, MLP.task(), stages, directory=tmp_path / "a", watchers=[Stop()])
     resumed = lilliput.compress(model, MLP.task(), stages, directory=tmp_path / "a")
     undisturbed = lilliput.compress(model, MLP.task(), stages, directory=tmp_path / "b")
-    assert resumed.model[2].p == undisturbed.model[2].p  # type: ignore[index,union-attr]
+    assert resumed.model[2].p == undisturbed.model[2].p  # type: ignore[index]
     for name, tensor in undisturbed.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
@@ -214,12 +216,14 @@ class TestDeadNeurons:
 
     def mlp(self) -> nn.Sequential:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+        model = nn.Sequential(
+            nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)
+        )
         with torch.no_grad():
             model[0].weight[2] = 0  # unfed, sends relu(0.7)
-            model[0].bias[2] = 0.7  # type: ignore[index,operator]
+            model[0].bias[2] = 0.7  # type: ignore[operator]
             model[0].weight[3] = 0  # unfed, sends relu(-0.7) = 0
-            model[0].bias[3] = -0.7  # type: ignore[index,operator]
+            model[0].bias[3] = -0.7  # type: ignore[operator]
             model[4].weight[:, 1] = 0  # unneeded
         return model
 
@@ -230,7 +234,7 @@ class TestDeadNeurons:
 
     def test_connections_of_dead_neurons_are_gone(self) -> None:
         _, model = self.pruned(self.mlp())
-        first, second, third = values(model).values()
+        _, second, third = values(model).values()
         assert not second[:, 2].any(), "what the unfed neuron sent"
         assert not second[:, 3].any()
         assert not second[1].any(), "what fed the unneeded neuron"
@@ -238,7 +242,7 @@ class TestDeadNeurons:
 
     def test_the_constant_is_folded_into_the_next_bias(self) -> None:
         model = self.mlp()
-        column, bias = model[2].weight[:, 2].clone(), model[2].bias.clone()  # type: ignore[index,operator,union-attr]
+        column, bias = model[2].weight[:, 2].clone(), model[2].bias.clone()  # type: ignore[index,operator]
         self.pruned(model)
         torch.testing.assert_close(model[2].bias, bias + 0.7 * column)
 
@@ -259,8 +263,8 @@ class TestDeadNeurons:
             nn.Flatten(), nn.Linear(80, 3),
         )  # fmt: skip
         with torch.no_grad():
-            model[0].weight[1] = 0
-            model[1].bias.copy_(torch.tensor([0.1, 0.9, 0.2, 0.3]))  # type: ignore[operator,union-attr]
+            model[0].weight[1] = 0  # type: ignore[operator]
+            model[1].bias.copy_(torch.tensor([0.1, 0.9, 0.2, 0.3]))  # type: ignore[operator]
         method = Magnitude(sparsity=0.0)
         run = Run(model, CNN.task(), methods=[method])
         method.attach(run)
@@ -273,11 +277,15 @@ class TestDeadNeurons:
     def test_padding_keeps_what_cannot_be_folded(self) -> None:
         """At a padded border the constant is missing, so folding would be wrong there."""
         model = nn.Sequential(
-            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3, padding=1), nn.Flatten(), nn.Linear(180, 3)
+            nn.Conv2d(1, 4, 3),
+            nn.ReLU(),
+            nn.Conv2d(4, 5, 3, padding=1),
+            nn.Flatten(),
+            nn.Linear(180, 3),
         )
         with torch.no_grad():
-            model[0].weight[1] = 0
-            model[0].bias[1] = 0.9  # type: ignore[index,operator]
+            model[0].weight[1] = 0  # type: ignore[operator]
+            model[0].bias[1] = 0.9  # type: ignore[operator]
         method = Magnitude(sparsity=0.0)
         run = Run(model, CNN.task(), methods=[method])
         method.attach(run)
@@ -301,7 +309,9 @@ class TestDeadNeurons:
 def test_trainable_pattern_freezes_the_convolutions_bit_for_bit() -> None:
     """The paper fixes the convolutions while the linear layers retrain."""
     watcher = Recorder(values)
-    train = Train(epochs=2, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-2, trainable=["9"])
+    train = Train(
+        epochs=2, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-2, trainable=["9"]
+    )
     stage = Stage(methods=[Magnitude(sparsity=0.5, remove_dead=False)], train=train)
     lilliput.compress(CNN.build(), CNN.task(), [stage], watchers=[watcher])
     start, end = watcher.seen[0], watcher.seen[-1]

@@ -59,7 +59,7 @@ def test_a_model_that_is_one_layer() -> None:
 
 def test_nothing_matched_names_the_nearest_layer_and_who_asked() -> None:
     model = nn.ModuleDict({"fc1": nn.Linear(2, 2), "fc2": nn.Linear(2, 2)})
-    with pytest.raises(NothingMatched, match="magnitude: the pattern 'fc3' .*Did you mean 'fc.'"):
+    with pytest.raises(NothingMatched, match=r"magnitude: the pattern 'fc3' .*Did you mean 'fc.'"):
         select(model, "fc3", by="magnitude")
     with pytest.raises(NothingMatched, match="Known: fc1, fc2"):
         select(model, "zzz*")

@@ -53,10 +53,12 @@ def test_accuracy_is_in_percent_a_sample() -> None:
 
 @pytest.mark.parametrize("sizes", [(10,), (3, 3, 4), (1, 9)])
 @pytest.mark.parametrize("a_mean", [False, True])
-def test_score_is_the_mean_over_samples_not_over_batches(sizes: tuple[int, ...], a_mean: bool) -> None:
+def test_score_is_the_mean_over_samples_not_over_batches(
+    sizes: tuple[int, ...], a_mean: bool
+) -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
-    batches = list(zip(X.split(sizes), Y.split(sizes), strict=True))  # type: ignore[arg-type]
+    batches = list(zip(X.split(sizes), Y.split(sizes), strict=True))
 
     def score(output: Tensor, target: Tensor) -> Tensor:
         each = accuracy(output, target)
@@ -144,7 +146,8 @@ def test_moving_keeps_the_form() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "size"), [(Batch(X, Y), 10), (Batch({"a": X}, Y), 10), (Batch("text", Y), 10), (Batch(1, 2), 1)]
+    ("batch", "size"),
+    [(Batch(X, Y), 10), (Batch({"a": X}, Y), 10), (Batch("text", Y), 10), (Batch(1, 2), 1)],
 )
 def test_batch_size(batch: Batch, size: int) -> None:
     assert batch_size(batch) == size
@@ -152,7 +155,7 @@ def test_batch_size(batch: Batch, size: int) -> None:
 
 def test_first_matching_pattern_wins() -> None:
     setting = {"conv1": 8, "conv*": 6, "fc": 5}
-    found = [resolve(setting, name) for name in ("conv1", "conv2", "fc", "head")]
+    found = [resolve(setting, name) for name in ("conv1", "conv2", "fc", "head")]  # type: ignore[arg-type]
     assert found == [8, 6, 5, None]
     assert resolve(3, "anything") == 3
 

@@ -1,10 +1,9 @@
 """Which codec a tensor gets: the one with the fewest bytes, tables included.
 
-Small tensors (one chunk) are encoded by every codec that can win, and the real bytes decide. For
-large ones the histogram first strikes out what cannot win, then three chunks (first, middle, last)
-are really encoded by the codecs that are left, and the smallest total wins: no estimate decides
-between two codecs. The histogram only strikes out a codec whose least size is above `_MARGIN` times
-the expected size of another.
+No estimate decides between two codecs that are near each other. The histogram only strikes out a codec
+whose least size, whatever the order of the symbols, is above `_MARGIN` times the expected size of
+another. The codecs that are left really encode: the whole tensor if it is one chunk, so that the choice
+is exact; else its first, middle and last chunk.
 
 `deep_compression` competes for small tensors only, because it decodes more slowly than `gap`.
 """
@@ -43,8 +42,6 @@ def choose(
         names = [*_can_win(counts), "raw"]
     if len(chunks) == 1:
         names.append("deep_compression")
-    if len(names) == 1:
-        return names[0]
     probes = [chunks[at] for at in sorted({0, len(chunks) // 2, len(chunks) - 1})]
     return min(names, key=lambda name: sum(len(CODECS[name].encode(probe)) for probe in probes))
 

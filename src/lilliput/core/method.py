@@ -24,8 +24,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from .select import select
 from .types import Change, Settings
 
 if TYPE_CHECKING:
@@ -52,6 +53,15 @@ class Method(Settings):
     def memory(self, run: Run) -> dict[str, Any]:
         """This method's own memory in this run: tensors, numbers, strings and lists of them."""
         return run.memory_of(self)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise early what ``attach`` would raise: called for all stages before the first one trains.
+
+        By default the pattern ``layers``, where the method has one, must cover a weight.
+        """
+        layers = getattr(self, "layers", None)
+        if layers is not None:
+            select(model, layers, by=self.method_name())
 
     # -- hooks, in the order of their calls ---------------------------------------------------
 

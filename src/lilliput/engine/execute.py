@@ -112,6 +112,9 @@ class _Execution:
 
     def run_all(self) -> Result:
         """All stages that are not done yet, and the conclusion."""
+        for stage in self.job.stages:
+            for method in stage.methods:
+                method.check(self.run.model)
         self._take_up()
         for number in range(len(self.records), len(self.job.stages)):
             self._stage(number)

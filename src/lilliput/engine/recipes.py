@@ -6,8 +6,10 @@ The surprising rule: YAML is read by version 1.2, so ``lr: 1e-3`` is a number an
 from __future__ import annotations
 
 import io as text_io
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pydantic
 from ruamel.yaml import YAML
@@ -19,14 +21,16 @@ from .. import io
 from ..core import registry
 from ..core.recipe import ModelSettings, Recipe, Stage, TaskSettings, Train
 from ..core.task import Task
-from ..errors import InputError, LilliputError, RecipeError, UnknownName, did_you_mean
+from ..errors import InputError, LilliputError, RecipeError, did_you_mean
 from . import distributed
 from .execute import Job
 from .optim import optimizer_class
-from .outcome import check_condition
+from .outcome import check_codec, check_condition
 from .seeds import seed_all
 
 _Place = tuple[int | str, ...]
+
+Place: TypeAlias = tuple[int | str, ...]
 
 
 def find_recipe(reference: str | Path) -> Path:
@@ -64,7 +68,7 @@ def load_recipe(reference: str | Path, overrides: list[str] | tuple[str, ...] = 
 
 
 def validate(content: Any, where: str = "recipe") -> Recipe:
-    """Check a recipe's content, names of optimizers and conditions included.
+    """Check a recipe's content: its form, and that every name in it is known.
 
     Raises:
         RecipeError: the first thing that is wrong, with its place.
@@ -73,17 +77,34 @@ def validate(content: Any, where: str = "recipe") -> Recipe:
         recipe = Recipe.model_validate(content)
     except pydantic.ValidationError as error:
         raise RecipeError(_explain(error, content, where)) from error
-    for number, stage in enumerate(recipe.stages):
+    for place, check in _checks(recipe):
         try:
-            optimizer_class(stage.train.optimizer)
-        except UnknownName as error:
-            place = ("stages", number, "train", "optimizer")
+            check()
+        except InputError as error:
             raise RecipeError(
                 f"{_line(content, place, where)} {_dotted(place)}: {error}"
             ) from error
-    for name, condition in recipe.expect.items():
-        check_condition(name, condition)
     return recipe
+
+
+def _checks(recipe: Recipe) -> Iterator[tuple[Place, Callable[[], Any]]]:
+    """What can be checked without building anything, and where it stands."""
+    yield ("task",), partial(_check_reference, "task", recipe.task.name)
+    named = recipe.model.architecture or recipe.model.build or ""
+    yield ("model",), partial(_check_reference, "architecture", named)
+    for number, stage in enumerate(recipe.stages):
+        place = ("stages", number, "train", "optimizer")
+        yield place, partial(optimizer_class, stage.train.optimizer)
+    yield ("artifact", "codec"), partial(check_codec, recipe.artifact.codec)
+    yield ("device",), partial(distributed.device_of, recipe.device)
+    for name, condition in recipe.expect.items():
+        yield ("expect", name), partial(check_condition, name, condition)
+
+
+def _check_reference(kind: str, name: str) -> None:
+    """A registered name must exist; ``package.module:function`` is imported only when it is built."""
+    if ":" not in name:
+        registry.find(kind, name)
 
 
 def build_job(recipe: Recipe) -> Job:

@@ -160,7 +160,8 @@ def _prints(inputs: Any, samples: int | None = None) -> Tensor:
     """One number a sample that another sample would hardly have: a fixed random projection."""
     tensors = [t[:samples] for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     flat = torch.cat([t.reshape(len(t), -1).float() for t in tensors], dim=1)
-    return torch.mv(flat, _direction(flat.shape[1], flat.device))
+    prints: Tensor = torch.mv(flat, _direction(flat.shape[1], flat.device))
+    return prints
 
 
 @functools.lru_cache(maxsize=8)

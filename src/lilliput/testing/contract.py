@@ -283,7 +283,9 @@ class MethodContract:
         """One of the recipes shows how it is used."""
         if self.recipes is None:
             return
-        used = {m.method_name() for p in self.recipes for s in load_recipe(p).stages for m in s.methods}
+        used = {
+            m.method_name() for p in self.recipes for s in load_recipe(p).stages for m in s.methods
+        }
         assert method.method_name() in used
 
     # -- helpers --------------------------------------------------------------------------------

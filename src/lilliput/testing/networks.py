@@ -57,8 +57,12 @@ def make_batches(
     direction = torch.randn(inputs[0].numel(), CLASSES, generator=generator)
     target = (inputs.flatten(1) @ direction).argmax(1)
     index = torch.arange(samples)
-    test = zip(inputs[samples:].split(size), target[samples:].split(size), index.split(size), strict=True)
-    return ShuffledBatches(inputs[:samples], target[:samples], size), [Batch(*part) for part in test]
+    test = zip(
+        inputs[samples:].split(size), target[samples:].split(size), index.split(size), strict=True
+    )
+    return ShuffledBatches(inputs[:samples], target[:samples], size), [
+        Batch(*part) for part in test
+    ]
 
 
 class TinyTransformer(nn.Module):
@@ -78,7 +82,12 @@ class TinyTransformer(nn.Module):
 
 def _mlp() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(12, 24), nn.ReLU(), nn.Dropout(0.2), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, CLASSES)
+        nn.Linear(12, 24),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Linear(24, 16),
+        nn.ReLU(),
+        nn.Linear(16, CLASSES),
     )
 
 
