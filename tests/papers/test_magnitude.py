@@ -220,11 +220,11 @@ class TestDeadNeurons:
             nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)
         )
         with torch.no_grad():
-            model[0].weight[2] = 0  # unfed, sends relu(0.7)
+            model[0].weight[2] = 0  # type: ignore[operator]  # unfed, sends relu(0.7)
             model[0].bias[2] = 0.7  # type: ignore[operator]
-            model[0].weight[3] = 0  # unfed, sends relu(-0.7) = 0
+            model[0].weight[3] = 0  # type: ignore[operator]  # unfed, sends relu(-0.7) = 0
             model[0].bias[3] = -0.7  # type: ignore[operator]
-            model[4].weight[:, 1] = 0  # unneeded
+            model[4].weight[:, 1] = 0  # type: ignore[operator]  # unneeded
         return model
 
     def test_outputs_are_equal(self) -> None:
@@ -251,7 +251,7 @@ class TestDeadNeurons:
         model = self.mlp()
         with torch.no_grad():
             keep = torch.tensor([False, False, True, True, False, False, False, False])
-            model[2].weight[0, ~keep] = 0  # fed by neurons 2 and 3 only
+            model[2].weight[0, ~keep] = 0  # type: ignore[operator]  # fed by neurons 2 and 3 only
         before, after = self.pruned(model)
         x = torch.randn(500, 12)
         torch.testing.assert_close(after(x), before(x), rtol=1e-5, atol=1e-6)

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from .select import select
-from .types import Change, Settings
+from .select import Weight, select
+from .types import Change, Layers, Settings
 
 if TYPE_CHECKING:
     from .run import Run
@@ -55,13 +55,7 @@ class Method(Settings):
         return run.memory_of(self)
 
     def check(self, model: nn.Module) -> None:
-        """Raise early what ``attach`` would raise: called for all stages before the first one trains.
-
-        By default the pattern ``layers``, where the method has one, must cover a weight.
-        """
-        layers = getattr(self, "layers", None)
-        if layers is not None:
-            select(model, layers, by=self.method_name())
+        """Raise early what ``attach`` would raise: called for all stages before the first one trains."""
 
     # -- hooks, in the order of their calls ---------------------------------------------------
 
@@ -107,6 +101,32 @@ class Method(Settings):
     def finish(self, run: Run) -> list[Change]:
         """Conclude: solve, shrink, freeze; return what changed since ``attach``."""
         return []
+
+
+class LayerMethod(Method):
+    """A method that works on the weights of some layers.
+
+    Attributes:
+        layers: pattern over module names.
+    """
+
+    layers: Layers = "*"
+
+    def amounts(self) -> Any:
+        """The per-layer setting, if there is one; a layer that none of its patterns covers is left out."""
+        return None
+
+    def weights(self, model: nn.Module) -> list[Weight]:
+        """The weights of those layers.
+
+        Raises:
+            NothingMatched: there are none; the message names the nearest layers.
+        """
+        return select(model, self.layers, by=self.method_name(), setting=self.amounts())
+
+    def check(self, model: nn.Module) -> None:
+        """The patterns must cover a weight."""
+        self.weights(model)
 
 
 def overrides(method: Method, hook: str) -> bool:

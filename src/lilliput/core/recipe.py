@@ -6,12 +6,15 @@ Everything is validated before anything is built; unknown keys are errors. Metho
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from torch import nn
 
 from ..errors import InputError
 from . import registry
+from .digests import weights_digest
 from .method import Method
 from .types import Fraction, Layers, NonNegative, Positive, Settings
 
@@ -30,7 +33,15 @@ def _as_method(value: Any) -> Method:
 
 
 def _from_method(method: Method) -> dict[str, Any]:
-    return {"method": method.method_name(), **method.model_dump(mode="json", exclude_defaults=True)}
+    settings = method.model_dump(exclude_defaults=True)
+    return {"method": method.method_name(), **json.loads(json.dumps(settings, default=_describe))}
+
+
+def _describe(value: Any) -> str:
+    """A network in a method's settings, such as a teacher, as something that can be compared."""
+    if isinstance(value, nn.Module):
+        return f"{type(value).__name__} {weights_digest(value)[:16]}"
+    return repr(value)
 
 
 AnyMethod = Annotated[

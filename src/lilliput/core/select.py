@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import InputError, NothingMatched, did_you_mean
-from .types import Layers
+from .types import Layers, resolve
 
 _KINDS = (
     nn.Linear,
@@ -82,13 +82,16 @@ def weights(model: nn.Module) -> Iterator[Weight]:
                 yield Weight(layer, module, tensor)
 
 
-def select(model: nn.Module, layers: Layers = "*", *, by: str = "a method") -> list[Weight]:
+def select(
+    model: nn.Module, layers: Layers = "*", *, by: str = "a method", setting: Any = None
+) -> list[Weight]:
     """The weights of the layers that the pattern covers.
 
     Args:
         model: any module.
         layers: a pattern or a list of patterns over module names.
         by: who asks, for the error message.
+        setting: a per-layer setting; layers that none of its patterns covers are left out.
 
     Raises:
         NothingMatched: the pattern covers no weight; the message names the nearest layers.
@@ -101,6 +104,13 @@ def select(model: nn.Module, layers: Layers = "*", *, by: str = "a method") -> l
         pattern = layers if isinstance(layers, str) else ", ".join(layers)
         hint = did_you_mean(pattern.strip("*!"), names) or " The model has no such layer at all."
         raise NothingMatched(f"{by}: the pattern {layers!r} covers no layer with weights.{hint}")
+    if isinstance(setting, dict):
+        chosen = [w for w in chosen if resolve(setting, w.layer) is not None]
+        if not chosen:
+            raise NothingMatched(
+                f"{by}: no pattern of {setting} covers one of the layers "
+                f"{', '.join(w.layer for w in found)}."
+            )
     _refuse_tied(model, chosen)
     return chosen
 

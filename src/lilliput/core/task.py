@@ -151,6 +151,20 @@ def read(batches: Iterable[Any], what: str) -> Iterator[Batch]:
         raise EmptyData(f"{what} are empty: the iterable yields no batch.{hint}")
 
 
+def answer(model: Callable[..., Any], inputs: Any) -> Any:
+    """Run the model on a task's inputs, with a clear error where it cannot take them.
+
+    Raises:
+        ModelMismatch: the model fails on them.
+    """
+    try:
+        return call(model, inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ModelMismatch(f"the model cannot take the task's inputs: {error}") from error
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, batches: Iterable[Any], score: Score, device: torch.device | None = None
@@ -204,10 +218,7 @@ def explain_mismatch(stage: str, output: Any, target: Any, error: Exception) -> 
 
 
 def _score(model: nn.Module, batch: Batch, score: Any) -> Tensor:
-    try:
-        output = call(model, batch.inputs)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ModelMismatch(f"the model cannot take the task's inputs: {error}") from error
+    output = answer(model, batch.inputs)
     try:
         return torch.as_tensor(score(output, batch.target)).float()
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -220,5 +231,9 @@ def _evaluate_metric(
     score.reset()
     for batch in read(batches, "the batches to evaluate on"):
         moved = batch if device is None else move(batch, device)
-        score.update(call(model, moved.inputs), moved.target)
+        output = answer(model, moved.inputs)
+        try:
+            score.update(output, moved.target)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise explain_mismatch("score", output, moved.target, error) from error
     return float(score.compute())

@@ -11,7 +11,9 @@ import fnmatch
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import InputError, did_you_mean
 
 Sparsity = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 Keep = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
@@ -25,7 +27,28 @@ T = TypeVar("T")
 PerLayer: TypeAlias = T | dict[str, T]
 
 
-class Settings(BaseModel):
+class _Loud(type(BaseModel)):  # type: ignore[misc]
+    """Let a constructor fail with Lilliput's error; inside a recipe pydantic's own keeps the place."""
+
+    def __call__(cls, *args: Any, **settings: Any) -> Any:
+        try:
+            return super().__call__(*args, **settings)
+        except ValidationError as error:
+            raise InputError(_explain(cls, error)) from error
+
+
+def _explain(cls: Any, error: ValidationError) -> str:
+    lines = []
+    for detail in error.errors():
+        place = ".".join(map(str, detail["loc"])) or "settings"
+        text = str(detail.get("ctx", {}).get("error", detail["msg"]))
+        if detail["type"] == "extra_forbidden":
+            text = f"unknown.{did_you_mean(place, cls.model_fields)}"
+        lines.append(f"{cls.__name__}.{place}: {text}")
+    return "\n".join(lines)
+
+
+class Settings(BaseModel, metaclass=_Loud):
     """A pydantic model that refuses unknown keys and checks assignments."""
 
     model_config = ConfigDict(

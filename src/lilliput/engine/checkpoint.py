@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CorruptArtifact, RunError
+from ..mechanisms.encodings import bake, describe, rebuild
 
 _KEY = "lilliput.checkpoint"
 
@@ -61,12 +61,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}. What was there before is untouched; "
-            "make room or choose another directory, and run the same command again to go on."
-        ) from error
+        raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> RunError:
+    """The error for a full disk or a folder that cannot be written."""
+    return RunError(
+        f"cannot write {path}: {error.strerror or error}. What was there before is untouched; make "
+        "room or choose another directory, and run the same command again to go on."
+    )
 
 
 def _take_apart(node: Any, tensors: dict[str, Tensor]) -> Any:
@@ -102,6 +107,29 @@ def _put_together(node: Any, tensor: Callable[[str], Tensor]) -> Any:
     return {_put_together(k, tensor): _put_together(v, tensor) for k, v in content}
 
 
-def clone_state(module: torch.nn.Module) -> dict[str, Tensor]:
+def model_tree(model: nn.Module) -> dict[str, Any]:
+    """All of a model that training may change: tensors, encodings, dropout rates."""
+    return {
+        "tensors": model.state_dict(),
+        "encodings": describe(model),
+        "dropout": {name: module.p for name, module in _dropouts(model)},
+    }
+
+
+def load_model_tree(model: nn.Module, tree: dict[str, Any]) -> None:
+    """Put a model of the same class, with or without encodings, into the state of a tree."""
+    if describe(model) != tree["encodings"]:
+        rebuild(bake(model), tree["encodings"])
+    model.load_state_dict(tree["tensors"])
+    for name, module in _dropouts(model):
+        module.p = tree["dropout"][name]
+
+
+def _dropouts(model: nn.Module) -> list[tuple[str, Any]]:
+    kinds = nn.modules.dropout._DropoutNd
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, kinds)]
+
+
+def clone_state(module: nn.Module) -> dict[str, Tensor]:
     """A copy of the module's state that later training does not move."""
     return {k: v.detach().clone() for k, v in module.state_dict().items()}

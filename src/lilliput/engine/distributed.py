@@ -90,6 +90,7 @@ def device_of(name: str) -> torch.device:
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"no device is named {name!r}: {error}") from error
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"the device {name!r} cannot be used: {reason}") from error

@@ -21,11 +21,12 @@ from ..core.recipe import ArtifactSettings, Stage
 from ..core.run import Run
 from ..core.task import Task, evaluate
 from ..core.types import Change
-from ..errors import NothingChanged
-from ..mechanisms.encodings import bake, describe, rebuild
+from ..errors import InputError, NothingChanged
+from ..mechanisms.encodings import bake
 from . import distributed
-from .optim import freeze_others
-from .outcome import Result, expectations, stage_record
+from .checkpoint import load_model_tree, model_tree
+from .optim import freeze_others, optimizer_class
+from .outcome import Result, check_codec, expectations, stage_record
 from .progress import Watcher
 from .records import RunDirectory, fingerprint
 from .seeds import seed_all
@@ -112,31 +113,38 @@ class _Execution:
 
     def run_all(self) -> Result:
         """All stages that are not done yet, and the conclusion."""
-        for stage in self.job.stages:
-            for method in stage.methods:
-                method.check(self.run.model)
+        self._check()
         self._take_up()
         for number in range(len(self.records), len(self.job.stages)):
             self._stage(number)
         return self._conclude()
+
+    def _check(self) -> None:
+        """Raise what can be known before the first step."""
+        if not self.job.stages:
+            raise InputError("there is nothing to do: give at least one stage.")
+        check_codec(self.job.artifact.codec)
+        for stage in self.job.stages:
+            optimizer_class(stage.train.optimizer)
+            for method in stage.methods:
+                method.check(self.run.model)
 
     def _take_up(self) -> None:
         """Begin, or go on after the last finished stage."""
         model, home = self.run.model, self.home
         start = home.load("start")
         if start is None:
-            home.save("start", {"model": model.state_dict()})
+            home.save("start", {"model": model_tree(model)})
             return
-        model.load_state_dict(start["model"])
+        load_model_tree(model, start["model"])
         original = home.load("original")
         if original is not None:
-            model.load_state_dict(original["model"])
+            load_model_tree(model, original["model"])
             self._set_original(original["figures"])
         done = [n for n in range(len(self.job.stages)) if home.checkpoint(f"stage-{n}").exists()]
         if done:
             last: Any = home.load(f"stage-{done[-1]}")
-            rebuild(model, last["encodings"])
-            model.load_state_dict(last["model"])
+            load_model_tree(model, last["model"])
             self.records, self.changes = last["records"], last["changes"]
 
     def _set_original(self, figures: dict[str, Any]) -> None:
@@ -173,7 +181,7 @@ class _Execution:
         if stage.methods and run.original is None:
             score = evaluate(run.model, run.task.reported, run.task.score, run.device)
             self.home.save(
-                "original", {"model": run.model.state_dict(), "figures": {"score": score}}
+                "original", {"model": model_tree(run.model), "figures": {"score": score}}
             )
             self._set_original({"score": score})
 
@@ -186,9 +194,8 @@ class _Execution:
         self.records.append(record)
         self.changes.append([change.as_dict() for change in changes])
         home.write_json("changes.json", self.changes)
-        state = {"model": run.model.state_dict(), "encodings": describe(run.model)}
-        kept = {"records": self.records, "changes": self.changes}
-        home.save(f"stage-{run.stage}", {**state, **kept})
+        done = {"records": self.records, "changes": self.changes}
+        home.save(f"stage-{run.stage}", {"model": model_tree(run.model), **done})
         home.forget("inside")
         for watcher in self.watchers:
             watcher.stage_ends(record)

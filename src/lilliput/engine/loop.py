@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 from ..core.method import Method, overrides
 from ..core.recipe import Train
 from ..core.run import Run
-from ..core.task import call, explain_mismatch
+from ..core.task import answer, explain_mismatch
 from ..core.types import Batch
 from ..errors import Diverged, InputError, ModelMismatch
 from ..mechanisms.encodings import reapply, stored_masks
@@ -86,6 +86,8 @@ class Loop:
         hooks: of the stage's methods.
         network: what is called for the forward pass: the model, wrapped where processes share it.
         tally: figures of the epoch so far.
+        scaler: of the gradients, for 16-bit floats on a GPU.
+        inside_step: whether a step has begun and not ended.
     """
 
     run: Run
@@ -94,6 +96,7 @@ class Loop:
     network: Callable[..., Any]
     tally: Tally = field(default_factory=Tally)
     scaler: torch.amp.GradScaler | None = None
+    inside_step: bool = False
 
     def __post_init__(self) -> None:
         # Masks of earlier stages too: their zeros must survive whatever trains now.
@@ -102,6 +105,7 @@ class Loop:
     def step(self, batch: Batch) -> None:
         """One batch, from ``before_step`` to ``after_step``."""
         run = self.run
+        self.inside_step = True
         run.batch = batch
         if run.optimizer is not None:
             set_rate(run.optimizer, rate(self.train, run.progress))
@@ -115,6 +119,7 @@ class Loop:
             hook(run)
         self.tally.add({"loss": loss, **run.logged})
         run.logged.clear()
+        self.inside_step = False
 
     def _forward_and_backward(self) -> Tensor:
         run, optimizer = self.run, self.run.optimizer
@@ -122,7 +127,7 @@ class Loop:
         optimizer.zero_grad(set_to_none=True)
         with self._precision():
             forward = self.hooks.forward
-            run.output = forward(run) if forward else call(self.network, run.batch.inputs)
+            run.output = forward(run) if forward else answer(self.network, run.batch.inputs)
             loss = self.total_loss()
         self._backward(loss)
         for hook in self.hooks.after_backward:

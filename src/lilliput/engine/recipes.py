@@ -151,7 +151,14 @@ def build_network(reference: Any) -> nn.Module:
         return io.load(reference)
     if isinstance(reference, str):
         raise InputError(f"there is no file {reference!r} to load a network from.")
-    return build_model(ModelSettings.model_validate(_widened_model(reference)))
+    try:
+        settings = ModelSettings.model_validate(_widened_model(reference))
+    except pydantic.ValidationError as error:
+        raise InputError(
+            f"{reference!r} does not say which network: give 'original', a file, a module, or "
+            "{architecture: NAME}."
+        ) from error
+    return build_model(settings)
 
 
 def build_task(settings: TaskSettings) -> Task:

@@ -25,7 +25,7 @@ import filelock
 import torch
 
 from ..errors import RunConflict
-from .checkpoint import load_tree, save_tree, write_atomically
+from .checkpoint import cannot_write, load_tree, save_tree, write_atomically
 
 
 class RunDirectory:
@@ -47,8 +47,9 @@ class RunDirectory:
         self.path, self.leader = path, leader
         self._lock: filelock.BaseFileLock | None = None
         if leader:
-            path.mkdir(parents=True, exist_ok=True)
+            _make(path)
             self._lock = _take_lock(path)
+            _sweep(path)
             self._claim(description, fresh)
 
     def __enter__(self) -> RunDirectory:
@@ -63,7 +64,7 @@ class RunDirectory:
         if resolved.exists() and fresh:
             _clear(self.path)
         if resolved.exists():
-            known = json.loads(resolved.read_text(encoding="utf-8"))
+            known = _read_description(resolved)
             if fingerprint(known) != fingerprint(description):
                 raise RunConflict(
                     f"{self.path} belongs to another recipe: {_first_difference(known, description)}. "
@@ -114,8 +115,37 @@ class RunDirectory:
     def add_metrics(self, figures: dict[str, Any]) -> None:
         """Append one line of metrics."""
         if self.leader:
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(figures) + "\n")
+            path = self.path / "metrics.jsonl"
+            try:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(figures) + "\n")
+            except OSError as error:
+                raise cannot_write(path, error) from error
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise RunConflict(f"{path} is a file: choose another name for the directory.") from error
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _sweep(path: Path) -> None:
+    """Delete the temporary files that a killed process has left."""
+    for left in path.rglob(".*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def _read_description(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunConflict(
+            f"{path} is damaged ({error}), so nobody can say whose run this is. Choose another "
+            "directory, or start this one anew with --fresh."
+        ) from error
 
 
 def fingerprint(description: dict[str, Any]) -> str:

@@ -19,9 +19,8 @@ from ..core.recipe import Train
 from ..core.run import Run
 from ..core.task import evaluate, move, read
 from ..core.types import Batch
-from ..mechanisms.encodings import describe
 from . import distributed
-from .checkpoint import clone_state
+from .checkpoint import clone_state, load_model_tree, model_tree
 from .loop import Hooks, Loop
 from .optim import build_optimizer, trained_parameters
 from .progress import Watcher
@@ -88,7 +87,8 @@ class Training:
                 if time.monotonic() - self._saved_at >= 60 * self.train.checkpoint_minutes:
                     self._save()
         except KeyboardInterrupt:
-            self._save()
+            if not self.loop.inside_step:  # else the step is half done: the last checkpoint holds
+                self._save()
             raise
         self._end_epoch()
 
@@ -132,8 +132,7 @@ class Training:
         }
         tree = {
             "place": [run.stage, run.epoch, run.step, self.done],
-            "model": run.model.state_dict(),
-            "encodings": describe(run.model),
+            "model": model_tree(run.model),
             "optimizer": run.optimizer.state_dict() if run.optimizer else None,
             "scaler": loop.scaler.state_dict() if loop.scaler else None,
             "extras": {name: module.state_dict() for name, module in run.extras.items()},
@@ -155,7 +154,7 @@ class Training:
             return
         _, run.epoch, run.step, self.done = tree["place"]
         self.home.keep_metrics_until(run.stage, run.epoch)
-        run.model.load_state_dict(tree["model"])
+        load_model_tree(run.model, tree["model"])
         if run.optimizer:
             run.optimizer.load_state_dict(tree["optimizer"])
         if loop.scaler:

@@ -38,5 +38,6 @@ def keep_largest_together(scores: list[Tensor], sparsity: float) -> list[Tensor]
     protected = flat.clone()
     for s, end in zip(scores, ends, strict=True):
         protected[end - s.numel() + int(s.argmax())] = torch.inf
-    masks = keep_largest(protected, sparsity)
+    most = (len(flat) - len(scores)) / len(flat)
+    masks = keep_largest(protected, min(sparsity, most))
     return [masks[end - s.numel() : end].view(s.shape) for s, end in zip(scores, ends, strict=True)]

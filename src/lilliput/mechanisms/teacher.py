@@ -98,22 +98,23 @@ class Cached:
 
     def outputs(self, batch: Batch) -> Tensor:
         """Logits of each member, read from the file."""
-        numbers = _numbers(batch)
-        first = int(numbers[0])
-        now = float(_prints(batch.inputs, samples=1)[0])
-        if first >= len(self._prints) or not math.isclose(
-            now, self._prints[first], rel_tol=1e-3, abs_tol=1e-3
-        ):
-            raise InputError(
-                f"training sample {first} is not the one whose teacher outputs were cached: the data "
-                "or its transform changed, or it is augmented at random. Switch the cache off, or "
-                "delete its file to have it made anew."
-            )
-        rows = torch.from_numpy(self._rows[numbers.numpy()])
+        numbers = _numbers(batch).numpy()
+        self._check_samples(numbers, _prints(batch.inputs).cpu().numpy())
+        rows = torch.from_numpy(self._rows[numbers])
         return rows.to(self._device, torch.float32).movedim(1, 0)
 
     def check(self) -> None:
         """A file that is only read does not move."""
+
+    def _check_samples(self, numbers: np.ndarray, now: np.ndarray) -> None:
+        known = numbers.max() < len(self._prints)
+        then = self._prints[numbers] if known else now
+        if not known or not (np.abs(now - then) <= 1e-3 + 1e-3 * np.abs(then)).all():
+            raise InputError(
+                "a training sample is not the one whose teacher outputs were cached: the data or its "
+                "transform changed, or it is augmented at random. Switch the cache off, or delete its "
+                "file to have it made anew."
+            )
 
 
 def _record(
@@ -156,15 +157,15 @@ def _numbers(batch: Batch) -> Tensor:
     return numbers
 
 
-def _prints(inputs: Any, samples: int | None = None) -> Tensor:
+def _prints(inputs: Any) -> Tensor:
     """One number a sample that another sample would hardly have: a fixed random projection."""
-    tensors = [t[:samples] for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     flat = torch.cat([t.reshape(len(t), -1).float() for t in tensors], dim=1)
-    prints: Tensor = torch.mv(flat, _direction(flat.shape[1], flat.device))
-    return prints
+    return torch.mv(flat, _direction(flat.shape[1], flat.device))
 
 
 @functools.lru_cache(maxsize=8)
 def _direction(width: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(20150309)
-    return (torch.randn(width, generator=generator) / width**0.5).to(device)
+    direction: Tensor = torch.randn(width, generator=generator) / math.sqrt(width)
+    return direction.to(device)

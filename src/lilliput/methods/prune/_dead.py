@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from ...core.run import Run
 from ...core.select import Weight
 from ...core.task import call, evaluation
-from ...mechanisms.encodings import bake, original_of, reapply, stored_masks
+from ...mechanisms.encodings import bake, reapply, stored_masks
 from ._masking import mask_of
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -140,8 +140,6 @@ def _cut(weight: Weight, unneeded: Tensor, unfed: Tensor) -> None:
     if len(unfed) == alive.shape[1]:
         alive[:, unfed] = False
     mask.update(alive)
-    with torch.no_grad():
-        original_of(weight).mul_(alive)
 
 
 @torch.no_grad()

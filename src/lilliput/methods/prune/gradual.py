@@ -18,17 +18,17 @@ epochs to train, where one-shot pruning and retraining does as well.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from ...core.method import Method
+from ...core.method import LayerMethod
 from ...core.registry import method
 from ...core.run import Run
 from ...core.schedule import Schedule
-from ...core.select import Weight, select
-from ...core.types import Change, Layers, PerLayer, Sparsity, resolve
+from ...core.select import Weight
+from ...core.types import Change, PerLayer, Sparsity, resolve
 from ...mechanisms.encodings import reapply, stored_masks
 from ...mechanisms.ranking import keep_largest, keep_largest_together
 from ._dead import remove_dead_connections
@@ -36,7 +36,7 @@ from ._masking import changes, mask_of, nonzeros, put_masks
 
 
 @method
-class Gradual(Method):
+class Gradual(LayerMethod):
     """Raise the sparsity by the cubic schedule, smallest magnitudes first.
 
     Attributes:
@@ -55,13 +55,16 @@ class Gradual(Method):
 
     sparsity: PerLayer[Sparsity]
     scope: Literal["layer", "global"] = "layer"
-    layers: Layers = "*"
     schedule: Schedule = Field(default_factory=lambda: Schedule(shape="cubic", end=0.75))
     remove_dead: bool = True
 
+    def amounts(self) -> Any:
+        """The setting that decides which layers take part."""
+        return self.sparsity
+
     def attach(self, run: Run) -> None:
         """Put masks on that let everything through."""
-        chosen = self._chosen(run)
+        chosen = self.weights(run.model)
         self.memory(run)["before"] = {w.name: nonzeros(w.value) for w in chosen}
         put_masks(chosen)
         if not run.total_steps:
@@ -79,19 +82,15 @@ class Gradual(Method):
 
     def finish(self, run: Run) -> list[Change]:
         """Reach the final sparsity; cut dead neurons."""
-        chosen = self._chosen(run)
+        chosen = self.weights(run.model)
         if not self.settled(run):
             self._prune(run, 1.0)
         if self.remove_dead:
             remove_dead_connections(run, chosen)
         return changes(self.method_name(), chosen, self.memory(run)["before"], lambda w: "")
 
-    def _chosen(self, run: Run) -> list[Weight]:
-        found = select(run.model, self.layers, by=self.method_name())
-        return [w for w in found if resolve(self.sparsity, w.layer) is not None]
-
     def _prune(self, run: Run, progress: float) -> None:
-        chosen = self._chosen(run)
+        chosen = self.weights(run.model)
         scores = [w.value.detach().abs() for w in chosen]
         for weight, mask in zip(chosen, self._masks(chosen, scores, progress), strict=True):
             mask_of(weight).update(mask)

@@ -24,17 +24,16 @@ smaller, not an inference faster; for speed remove whole channels.
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ...core.method import Method
+from ...core.method import LayerMethod
 from ...core.registry import method
 from ...core.run import Run
-from ...core.select import Weight, select
-from ...core.types import Change, Fraction, Layers, PerLayer, Positive, Sparsity, resolve
-from ...errors import InputError
+from ...core.select import Weight
+from ...core.types import Change, Fraction, PerLayer, Positive, Sparsity, resolve
 from ...mechanisms.encodings import reapply, stored_masks
 from ...mechanisms.ranking import keep_largest, keep_largest_together
 from ._dead import remove_dead_connections
@@ -57,7 +56,7 @@ def corrected_dropout(rate: float, kept: int, total: int) -> float:
 
 
 @method
-class Magnitude(Method):
+class Magnitude(LayerMethod):
     """Prune the weights of smallest magnitude and keep them at zero while the rest retrains.
 
     Attributes:
@@ -81,7 +80,6 @@ class Magnitude(Method):
     sparsity: PerLayer[Sparsity] | None = None
     threshold: PerLayer[Positive] | None = None
     scope: Literal["layer", "global"] = "layer"
-    layers: Layers = "*"
     rounds: Annotated[int, Field(ge=1)] = 1
     until: Fraction = 0.5
     correct_dropout: bool = True
@@ -95,9 +93,13 @@ class Magnitude(Method):
             raise ValueError("scope: global ranks all layers together: give one sparsity for all")
         return self
 
+    def amounts(self) -> Any:
+        """The setting that decides which layers take part."""
+        return self.sparsity if self.threshold is None else self.threshold
+
     def attach(self, run: Run) -> None:
         """Put the masks on, and prune for the first time."""
-        chosen = self._chosen(run)
+        chosen = self.weights(run.model)
         memory = self.memory(run)
         memory["before"] = {w.name: nonzeros(w.value) for w in chosen}
         memory["deviation"] = {w.name: float(w.value.detach().std()) for w in chosen}
@@ -116,7 +118,7 @@ class Magnitude(Method):
 
     def finish(self, run: Run) -> list[Change]:
         """Cut dead neurons; report the zeros of every layer and the dropout rates that changed."""
-        chosen, memory = self._chosen(run), self.memory(run)
+        chosen, memory = self.weights(run.model), self.memory(run)
         if self.remove_dead:
             remove_dead_connections(run, chosen)
         found = changes(self.method_name(), chosen, memory["before"], lambda w: "")
@@ -125,17 +127,6 @@ class Magnitude(Method):
             if now != before:
                 found.append(Change(name, "dropout rate", before, now, self.method_name()))
         return found
-
-    def _chosen(self, run: Run) -> list[Weight]:
-        found = select(run.model, self.layers, by=self.method_name())
-        amounts = self.sparsity if self.threshold is None else self.threshold
-        chosen = [w for w in found if resolve(amounts, w.layer) is not None]
-        if not chosen:
-            raise InputError(
-                f"{self.method_name()}: no pattern of {amounts} covers one of the layers "
-                f"{', '.join(w.layer for w in found)}."
-            )
-        return chosen
 
     def _prune_if_due(self, run: Run) -> None:
         memory = self.memory(run)
@@ -147,7 +138,7 @@ class Magnitude(Method):
 
     def _prune(self, run: Run, part: float) -> None:
         """Prune to a part of the final amount; what is already pruned stays so."""
-        chosen = self._chosen(run)
+        chosen = self.weights(run.model)
         for weight, mask in zip(chosen, self._masks(run, chosen, part), strict=True):
             mask_of(weight).update(mask_of(weight).mask & mask)
         reapply(stored_masks(run.model))

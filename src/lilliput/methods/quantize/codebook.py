@@ -17,15 +17,14 @@ it: for speed; shared values make a file smaller, and the decoded layer is an or
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...core.method import Method
+from ...core.method import LayerMethod
 from ...core.registry import method
 from ...core.run import Run
-from ...core.select import Weight, select
-from ...core.types import Bits, Change, Layers, PerLayer, resolve
+from ...core.types import Bits, Change, PerLayer, resolve
 from ...errors import InputError
 from ...mechanisms.clustering import Init
 from ...mechanisms.encodings import Codebook as Shared
@@ -33,7 +32,7 @@ from ...mechanisms.encodings import encode
 
 
 @method
-class Codebook(Method):
+class Codebook(LayerMethod):
     """Let the weights of each layer share ``2**bits`` values, and train the values.
 
     Attributes:
@@ -51,11 +50,14 @@ class Codebook(Method):
 
     bits: PerLayer[Bits] = 5
     init: Init = "exact"
-    layers: Layers = "*"
+
+    def amounts(self) -> Any:
+        """The setting that decides which layers take part."""
+        return self.bits
 
     def attach(self, run: Run) -> None:
         """Cluster every layer; from now on its centroids are what trains."""
-        chosen = self._chosen(run)
+        chosen = self.weights(run.model)
         self.memory(run)["before"] = {w.name: _distinct(w.value) for w in chosen}
         for number, weight in enumerate(chosen):
             if not weight.value.count_nonzero():
@@ -73,15 +75,8 @@ class Codebook(Method):
             Change(
                 w.name, "distinct values", before[w.name], _distinct(w.value), self.method_name()
             )
-            for w in self._chosen(run)
+            for w in self.weights(run.model)
         ]
-
-    def _chosen(self, run: Run) -> list[Weight]:
-        found = select(run.model, self.layers, by=self.method_name())
-        chosen = [w for w in found if resolve(self.bits, w.layer) is not None]
-        if not chosen:
-            raise InputError(f"codebook: no pattern of bits {self.bits} covers a layer.")
-        return chosen
 
 
 def _distinct(value: Tensor) -> int:
