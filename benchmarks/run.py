@@ -12,6 +12,7 @@ seeds have changed; seeds that are done already are kept. Killed and started aga
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+
+from lilliput.engine.recipes import find_recipe
 
 HERE = Path(__file__).resolve().parent
 
@@ -67,7 +70,7 @@ def missing(path: Path, options: argparse.Namespace) -> list[int]:
 def run_one(path: Path, seed: int, options: argparse.Namespace) -> None:
     """One run in a process of its own, then its line in the result."""
     experiment = read(path)
-    directory = options.work / f"{path.stem}-{seed}"
+    directory = options.work / f"{path.stem}-{seed}-{experiment['recipe_digest'][:6]}"
     overrides = [*experiment.get("overrides", []), f"seed={seed}", f"device={options.device}"]
     script = (
         "import json, sys, torch; from pathlib import Path; from lilliput.api import run_recipe;"
@@ -125,8 +128,11 @@ def summary(run: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
+    """An experiment with its recipe's fingerprint, so that a changed recipe is run again."""
     content = YAML(typ="safe").load(path)
-    return {**content, "seeds": content.get("seeds", [0, 1, 2])}
+    text = find_recipe(content["recipe"]).read_bytes()
+    digest = hashlib.sha256(text).hexdigest()[:16]
+    return {**content, "seeds": content.get("seeds", [0, 1, 2]), "recipe_digest": digest}
 
 
 if __name__ == "__main__":

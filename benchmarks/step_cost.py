@@ -38,9 +38,13 @@ Step = Callable[[], None]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/step_cost.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results/step_cost.json"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -53,7 +57,9 @@ def main() -> None:
             ratio = compare(engine, hand, steps)
             rows.append({"network": name, "case": case, "ratio": ratio, "steps": steps})
             print(f"{name:14} {case:38} {ratio:.3f}", flush=True)
-    options.out.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n")
+    options.out.write_text(
+        json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n"
+    )
 
 
 def cases(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Step, Step]]:
@@ -64,7 +70,11 @@ def cases(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Step, Step]]
     soft = SoftTargets(teacher="original", temperature=4.0)
     yield "soft_targets", engine_step(network, data, [soft]), taught(network, data, teacher)
     cached = SoftTargets(teacher="original", temperature=4.0, cache=True)
-    yield "cached soft_targets / student only", engine_step(network, data, [cached]), plain(network, data)
+    yield (
+        "cached soft_targets / student only",
+        engine_step(network, data, [cached]),
+        plain(network, data),
+    )
     masks = Gradual(sparsity=0.9, schedule={"shape": "constant"}, remove_dead=False)
     pruned = prune(network)
     yield "masks / by hand", engine_step(pruned, data, [masks]), masked(pruned, data)
@@ -122,7 +132,9 @@ def taught(network: nn.Module, data: ArrayBatches, teacher: nn.Module) -> Step:
         with torch.no_grad():
             target = F.log_softmax(teacher(batch.inputs) / 4, dim=1)
         output = network(batch.inputs)
-        soft = F.kl_div(F.log_softmax(output / 4, dim=1), target, reduction="batchmean", log_target=True)
+        soft = F.kl_div(
+            F.log_softmax(output / 4, dim=1), target, reduction="batchmean", log_target=True
+        )
         (0.5 * F.cross_entropy(output, batch.target) + 0.5 * 16 * soft).backward()
         optimizer.step()
 
@@ -188,8 +200,11 @@ def prune(network: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(parameter.abs() >= parameter.abs().quantile(0.9) if parameter.numel() < 10**6
-                               else parameter.abs() >= parameter.abs().median())
+                parameter.mul_(
+                    parameter.abs() >= parameter.abs().quantile(0.9)
+                    if parameter.numel() < 10**6
+                    else parameter.abs() >= parameter.abs().median()
+                )
     return network
 
 

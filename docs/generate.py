@@ -58,7 +58,9 @@ def index(entries: dict[str, registry.Entry]) -> str:
     rows = ["# Methods", "", "| method | family | paper |", "|---|---|---|"]
     for entry in entries.values():
         papers = "; ".join(map(str, entry.papers))
-        rows.append(f"| [`{entry.name}`]({entry.name}.md): {entry.summary} | {entry.family} | {papers} |")
+        rows.append(
+            f"| [`{entry.name}`]({entry.name}.md): {entry.summary} | {entry.family} | {papers} |"
+        )
     return "\n".join(rows) + "\n"
 
 

@@ -194,5 +194,7 @@ def load_weights(model: nn.Module, path: Path_) -> nn.Module:
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path} holds no state_dict.")
-    _fill(model, {k.removeprefix("module."): v for k, v in state.items()}, path)
+    # Checkpoints older than torch 0.4.1 lack the counters, which nothing but momentum=None reads.
+    counters = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
+    _fill(model, counters | {k.removeprefix("module."): v for k, v in state.items()}, path)
     return model

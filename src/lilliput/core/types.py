@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -27,7 +27,13 @@ T = TypeVar("T")
 PerLayer: TypeAlias = T | dict[str, T]
 
 
-class _Loud(type(BaseModel)):  # type: ignore[misc]
+if TYPE_CHECKING:  # the metaclass has no public name
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+class _Loud(ModelMetaclass):
     """Let a constructor fail with Lilliput's error; inside a recipe pydantic's own keeps the place."""
 
     def __call__(cls, *args: Any, **settings: Any) -> Any:

@@ -7,11 +7,13 @@ file on the disk; ``entropy_bytes`` beside it is what an ideal coder of single w
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from torch import nn
 
@@ -105,7 +107,7 @@ def stage_record(
 ) -> dict[str, Any]:
     """The figures of one stage, all taken from the file that it wrote and read back."""
     dense = run.original if run.original is not None else loaded
-    counted, example = size(loaded), run.task.example_inputs()
+    counted = size(loaded)
     on_disk, dense_bytes = path.stat().st_size, size(dense).dense_bytes
     with artifact.open(path) as file:
         report, columns = file.report(), _columns(file)
@@ -126,7 +128,7 @@ def stage_record(
         "size_ratio": dense_bytes / on_disk,
         "entropy_bytes": report.entropy_bytes,
         "deep_compression": columns,
-        **_compute(loaded.cpu(), dense, example, run),
+        **_compute(loaded.cpu(), run),
         "artifact": str(path.relative_to(run.directory)) if run.directory else str(path),
         "layers": [_layer(tensor) for tensor in report.tensors],
     }
@@ -197,29 +199,26 @@ def _columns(file: artifact.Artifact) -> dict[str, int] | None:
     }
 
 
-def _compute(loaded: nn.Module, dense: nn.Module, example: Any, run: Run) -> dict[str, Any]:
-    """Work and time of a forward pass of one sample, on the processor."""
+def _compute(loaded: nn.Module, run: Run) -> dict[str, Any]:
+    """Work and time of a forward pass of one sample, on the processor.
+
+    A network that cannot run there alone is still worth its other figures.
+    """
+    example = run.task.example_inputs()
     try:
         work = macs(loaded, example)
-        both = {"dense": dense.cpu(), "model": loaded}
-        ratio = latency(both, example, seconds=0.5).models["model"].ratio.median
-        figures: dict[str, Any] = {
-            "macs": work.total,
-            "sparse_macs": work.sparse_macs,
-            "latency_ratio": ratio,
-        }
-    except (
-        LilliputError
-    ) as error:  # a network that cannot run alone is still worth its other figures
-        figures = {
-            "macs": None,
-            "sparse_macs": None,
-            "latency_ratio": None,
-            "unmeasured": str(error),
-        }
-    finally:
-        dense.to(run.device)
-    return figures
+        ratio = 1.0 if run.original is None else _time_ratio(loaded, run.original, example)
+    except LilliputError as error:
+        nothing = dict.fromkeys(("macs", "sparse_macs", "latency_ratio"))
+        return {**nothing, "unmeasured": str(error)}
+    return {"macs": work.total, "sparse_macs": work.sparse_macs, "latency_ratio": ratio}
+
+
+def _time_ratio(loaded: nn.Module, dense: nn.Module, example: Any) -> float:
+    """Time over the dense network's; that one is copied in the same layout, so that it is fair."""
+    plain = copy.deepcopy(dense).cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    timed = latency({"dense": plain, "model": loaded}, example, seconds=0.5)
+    return timed.models["model"].ratio.median
 
 
 def _layer(tensor: artifact.TensorReport) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The surprising rule: YAML is read by version 1.2, so ``lr: 1e-3`` is a number an
 from __future__ import annotations
 
 import io as text_io
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -142,7 +143,9 @@ def build_model(settings: ModelSettings) -> nn.Module:
         raise InputError(f"{named} cannot be built with {settings.arguments}: {error}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{settings.build} returned {type(model).__name__}, not a torch module.")
-    return io.load_weights(model, settings.weights) if settings.weights else model
+    if settings.weights:
+        return io.load_weights(model, os.path.expandvars(settings.weights))
+    return model
 
 
 def build_network(reference: Any) -> nn.Module:
