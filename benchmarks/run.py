@@ -18,6 +18,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -47,6 +48,7 @@ def main() -> None:
         run_all(chosen, options)
     for path in chosen:
         show(options.results / f"{path.stem}.json")
+    print("\n" + markdown([options.results / f"{path.stem}.json" for path in chosen]))
 
 
 def run_all(paths: list[Path], options: argparse.Namespace) -> None:
@@ -61,10 +63,16 @@ def missing(path: Path, options: argparse.Namespace) -> list[int]:
     experiment = read(path)
     result = options.results / f"{path.stem}.json"
     known = json.loads(result.read_text()) if result.exists() else {}
-    if known.get("experiment") != experiment:
+    if not same(known, experiment):
         return experiment["seeds"]
     done = {run["seed"] for run in known["runs"]}
     return [seed for seed in experiment["seeds"] if seed not in done]
+
+
+def same(known: dict[str, Any], experiment: dict[str, Any]) -> bool:
+    """Whether a result was made by this experiment: its recipe's text and its overrides."""
+    made_by = known.get("experiment", {})
+    return all(made_by.get(k) == experiment.get(k) for k in ("recipe_digest", "overrides"))
 
 
 def run_one(path: Path, seed: int, options: argparse.Namespace) -> None:
@@ -94,7 +102,7 @@ def run_one(path: Path, seed: int, options: argparse.Namespace) -> None:
 
 def add(path: Path, experiment: dict[str, Any], figures: dict[str, Any]) -> None:
     known = json.loads(path.read_text()) if path.exists() else {}
-    runs = known["runs"] if known.get("experiment") == experiment else []
+    runs = known["runs"] if same(known, experiment) else []
     runs = sorted(
         [r for r in runs if r["seed"] != figures["seed"]] + [figures], key=lambda r: r["seed"]
     )
@@ -115,8 +123,40 @@ def show(path: Path) -> None:
     runs = content["runs"]
     for name in ("baseline_score", "score", "score_drop", "validation", "bytes", "size_ratio"):
         values = [run[name] for run in runs]
-        mean = sum(values) / len(values)
-        print(f"  {name}: mean {mean:.3f}, from {min(values):.3f} to {max(values):.3f}")
+        print(f"  {name}: mean {mean(values):.3f}, from {min(values):.3f} to {max(values):.3f}")
+
+
+def markdown(results: list[Path]) -> str:
+    """The table that the README shows: mean and spread over the seeds."""
+    rows = [
+        "| network, data | score, dense | score, compressed | change | bytes on disk | smaller | reported |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for path in results:
+        if path.exists():
+            rows.append(markdown_row(json.loads(path.read_text())))
+    return "\n".join(rows)
+
+
+def markdown_row(content: dict[str, Any]) -> str:
+    experiment, runs = content["experiment"], content["runs"]
+
+    def figure(name: str, form: str = ".2f") -> str:
+        values = [run[name] for run in runs]
+        spread = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
+        return f"{mean(values):{form}}{spread}"
+
+    drop = -mean(run["score_drop"] for run in runs)
+    cells = (
+        experiment.get("title", experiment["recipe"]),
+        figure("baseline_score"),
+        figure("score"),
+        f"{drop:+.2f}",
+        f"{mean(run['bytes'] for run in runs):,.0f}",
+        f"{mean(run['size_ratio'] for run in runs):.1f}x",
+        experiment.get("reported", ""),
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def summary(run: dict[str, Any]) -> str:

@@ -104,30 +104,16 @@ class Mask(Encoding):
         self._changed()
 
 
-class _Lookup(torch.autograd.Function):
-    """``codebook[codes]``, whose gradient sums over the members of each cluster.
+def _lookup(centroids: Tensor, codes: Tensor, places: Tensor | None, shape: torch.Size) -> Tensor:
+    """The centroid of each member, at its place among zeros.
 
-    Deep Compression, equation 3: dL/dC_k is the sum of dL/dW_ij over all ij with I_ij = k.
+    Differentiated, it sums over the members of each cluster, which is equation 3 of Deep Compression:
+    dL/dC_k is the sum of dL/dW_ij over all ij with I_ij = k.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, centroids: Tensor, codes: Tensor, places: Tensor | None, shape: torch.Size
-    ) -> Tensor:
-        ctx.save_for_backward(codes, places)
-        ctx.clusters = centroids.numel()
-        values = centroids.index_select(0, codes)
-        if places is not None:
-            values = values.new_zeros(shape.numel()).index_copy_(0, places, values)
-        return values.view(shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        codes, places = ctx.saved_tensors
-        grad = grads[0].reshape(-1)
-        if places is not None:
-            grad = grad.index_select(0, places)
-        return grad.new_zeros(ctx.clusters).index_add_(0, codes, grad), None, None, None
+    values = centroids.index_select(0, codes)
+    if places is not None:
+        values = centroids.new_zeros(shape.numel()).scatter_(0, places, values)
+    return values.view(shape)
 
 
 class Codebook(Encoding):
@@ -196,9 +182,7 @@ class Codebook(Encoding):
 
     def forward(self, centroids: Tensor) -> Tensor:
         """The effective weight."""
-        weight: Tensor = _Lookup.apply(  # type: ignore[no-untyped-call]
-            centroids, *self.members(), self.codes.shape
-        )
+        weight = _lookup(centroids, *self.members(), self.codes.shape)
         # The codes are laid out as the layer is: hand the weight over in the same layout.
         channels_last = self.codes.ndim == 4 and not self.codes.is_contiguous()
         return weight.contiguous(memory_format=torch.channels_last) if channels_last else weight
@@ -226,19 +210,17 @@ def encode(weight: Weight, encoding: Encoding) -> None:
     for inner in stack:
         inner.innermost = inner is stack[0]
         parametrize.register_parametrization(weight.module, weight.tensor, inner, unsafe=True)
-    _rest_masks(weight, stack)
+    _rest_masks(stack)
     if isinstance(weight.module, nn.RNNBase):
         _refresh_before_forward(weight.module)
 
 
-def _rest_masks(weight: Weight, stack: list[Encoding]) -> None:
-    """Let masks rest whose zeros lie inside already, as after clustering a pruned weight."""
-    masks = [e for e in stack if isinstance(e, Mask) and e.policy == "hard"]
-    for mask in masks:
-        mask.multiplies = False
-    inside = weight.value.detach()
-    for mask in masks:
-        mask.multiplies = bool((inside * ~mask.mask).any())
+def _rest_masks(stack: list[Encoding]) -> None:
+    """Let masks rest whose zeros are structural further inside, as after clustering a pruned weight."""
+    inside = next((e.codes == 0 for e in stack if isinstance(e, Codebook)), None)
+    for mask in stack:
+        if isinstance(mask, Mask) and inside is not None:
+            mask.multiplies = bool((~mask.mask & ~inside).any())
 
 
 def strip(weight: Weight) -> None:
