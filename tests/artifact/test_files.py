@@ -197,13 +197,14 @@ def test_float16_only_where_it_is_near(tmp_path):
         "fine": fine,
         "tiny": tiny,
         "huge": huge,
+        "mixed": np.array([0.1, -0.2, 1e-6], np.float32),
         "double": np.ones(3),
         "coded": coded((9, 9), 0.5, 5),
     }
     artifact.write(tmp_path / "file", tensors, floats="float16")
     with artifact.open(tmp_path / "file") as file:
         assert {name: file.info(name).stored for name in tensors} == {
-            "fine": "F16", "tiny": "F32", "huge": "F32", "double": "F64", "coded": "F16",
+            "fine": "F16", "tiny": "F32", "huge": "F32", "mixed": "F16", "double": "F64", "coded": "F16",
         }  # fmt: skip
         assert file.info("fine").codec == "f16"
         assert file.dense("fine").dtype == np.float32

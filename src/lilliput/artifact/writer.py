@@ -69,7 +69,7 @@ def write(
         index_bits: width of the relative index where `deep_compression` is named: None takes the
             best of each chunk, "paper" 8 for convolutions and 5 for matrices.
         floats: "float16" stores float32 arrays and codebooks as float16, each only if it is
-            finite there and no value moves by more than 2^-10 of itself.
+            finite there and no value moves by more than 2^-10 of itself or of the root mean square.
         profile: "compact" for tiny networks; "auto" takes it for payloads under 1 MiB, but never
             for a path that ends in ``.safetensors``.
         chunk_weights: weights of a chunk, rounded to whole rows. Decoding is parallel, and partial,

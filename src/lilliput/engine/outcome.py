@@ -1,7 +1,8 @@
 """What came out: the figures of each stage and of the whole run.
 
 ``size_ratio`` is the dense network's bytes over the file's, larger is better; ``latency_ratio`` is the time
-over the dense network's time, measured side by side, smaller is better. ``bytes`` is the size of the
+over the dense network's time, measured side by side, smaller is better. ``energy_pj`` is an
+estimate for hardware that skips zeros (see :mod:`lilliput.measure.energy`). ``bytes`` is the size of the
 file on the disk; ``entropy_bytes`` beside it is what an ideal coder of single weights would need.
 """
 
@@ -23,7 +24,7 @@ from ..core.recipe import Stage
 from ..core.run import Run
 from ..core.task import evaluate
 from ..errors import InputError, LilliputError, UnknownName
-from ..measure import latency, macs, size
+from ..measure import energy, latency, macs, size
 
 #: What a recipe may expect of a run.
 FIGURES = (
@@ -209,9 +210,14 @@ def _compute(loaded: nn.Module, run: Run) -> dict[str, Any]:
         work = macs(loaded, example)
         ratio = 1.0 if run.original is None else _time_ratio(loaded, run.original, example)
     except LilliputError as error:
-        nothing = dict.fromkeys(("macs", "sparse_macs", "latency_ratio"))
+        nothing = dict.fromkeys(("macs", "sparse_macs", "energy_pj", "latency_ratio"))
         return {**nothing, "unmeasured": str(error)}
-    return {"macs": work.total, "sparse_macs": work.sparse_macs, "latency_ratio": ratio}
+    return {
+        "macs": work.total,
+        "sparse_macs": work.sparse_macs,
+        "energy_pj": energy(loaded, example, skip_zeros=True).total_pj,
+        "latency_ratio": ratio,
+    }
 
 
 def _time_ratio(loaded: nn.Module, dense: nn.Module, example: Any) -> float:
