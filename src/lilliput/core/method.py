@@ -50,6 +50,11 @@ class Method(Settings):
         """The name in recipes: the class's name in snake_case."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
 
+    @classmethod
+    def example(cls) -> Method:
+        """An instance with few settings, fit for a tiny network; the contract suite runs it."""
+        return cls()
+
     def memory(self, run: Run) -> dict[str, Any]:
         """This method's own memory in this run: tensors, numbers, strings and lists of them."""
         return run.memory_of(self)

@@ -29,7 +29,7 @@ from .optim import freeze_others, optimizer_class
 from .outcome import Result, check_codec, expectations, stage_record
 from .progress import Watcher
 from .records import RunDirectory, fingerprint
-from .seeds import seed_all
+from .seeds import preserved_randomness, seed_all
 from .training import Training, length
 
 
@@ -85,7 +85,10 @@ def execute(
     leader = distributed.rank() == 0
     watchers = watchers if leader else ()
     try:
-        with RunDirectory(directory, job.description, fresh=fresh, leader=leader) as home:
+        with (
+            RunDirectory(directory, job.description, fresh=fresh, leader=leader) as home,
+            preserved_randomness(),
+        ):
             distributed.barrier()
             return _Execution(job, home, watchers).run_all()
     finally:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,18 @@ def random_state() -> dict[str, Any]:
         "numpy": [kind, torch.from_numpy(np.asarray(keys).copy()), place, has_gauss, gauss],
         "python": [version, list(internal), gauss_next],
     }
+
+
+@contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Give the caller's generators and determinism setting back, whatever happens inside."""
+    state, deterministic = random_state(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        restore_random_state(state)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 def restore_random_state(state: dict[str, Any]) -> None:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from itertools import accumulate
 from typing import Any
 
-from ._optional import optional
+from ..core.optional import optional
 from .read import RunData
 from .tables import count, decimals, ratio
 from .weights import LayerWeights, largest_layers
 
-go = optional("plotly.graph_objects")
-subplots = optional("plotly.subplots")
+_load = partial(optional, extra="report", purpose="the HTML report")
+
+go = _load("plotly.graph_objects", "plotly")
+subplots = _load("plotly.subplots", "plotly")
 
 COLORS = ("#2f7fb8", "#d0652a", "#1f9477", "#a9679b", "#9a7d1c", "#5f7fd0")
 GREY = "#818892"

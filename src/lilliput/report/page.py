@@ -10,15 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
+from ..core.optional import optional
 from ..core.registry import Paper, find
 from ..errors import InputError, UnknownName
-from ._optional import optional
 from .read import RunData, read_runs
 from .tables import (
     MISSING,
@@ -31,6 +32,8 @@ from .tables import (
     shared_score_name,
 )
 from .weights import layer_weights
+
+_load = partial(optional, extra="report", purpose="the HTML report")
 
 if TYPE_CHECKING:
     from .figures import Figure
@@ -101,7 +104,7 @@ def _yaml(content: dict[str, Any]) -> str:
 
 
 def _render(**content: Any) -> str:
-    jinja2 = optional("jinja2")
+    jinja2 = _load("jinja2", "jinja2")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -110,7 +113,7 @@ def _render(**content: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(count=count, decimals=decimals, ratio=ratio, value=_value)
-    plotly = optional("plotly.offline").get_plotlyjs()
+    plotly = _load("plotly.offline", "plotly").get_plotlyjs()
     markup = environment.get_template("page.html").render(
         **content, plotly=_safe(plotly), draw=lambda figure, name: _safe(_drawing(figure, name))
     )
@@ -119,12 +122,12 @@ def _render(**content: Any) -> str:
 
 def _safe(markup: str) -> Any:
     """Markup that plotly wrote, and escaped, itself."""
-    return optional("markupsafe").Markup(markup)
+    return _load("markupsafe", "markupsafe").Markup(markup)
 
 
 def _drawing(figure: Figure, name: str) -> str:
     """The figure's element and script; plotly escapes ``<`` and ``/`` in what it writes."""
-    markup: str = optional("plotly.io").to_html(
+    markup: str = _load("plotly.io", "plotly").to_html(
         figure.drawing,
         config={"displayModeBar": False, "responsive": True},
         include_plotlyjs=False,

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.optional import optional
 from ..errors import DataNotFound
-from ._optional import optional
 
 SYSTEM = Path("/usr/share/datasets")
 
@@ -79,7 +79,7 @@ def download(remote: Remote) -> Path:
         MissingDependency: pooch is not installed.
     """
     purpose = f"downloading {remote.url} (not found in {_list(remote.folder)})"
-    pooch = optional("pooch", "pooch", purpose)
+    pooch = optional("pooch", "pooch", "data", purpose)
     folder = cache_folder() / remote.folder
     try:
         return Path(pooch.retrieve(remote.url, f"md5:{remote.md5}", remote.name, folder))

@@ -23,13 +23,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..core.optional import optional
 from ..core.registry import task
 from ..core.task import Task
 from ..errors import InputError, UnknownName
 from . import _files
 from ._augment import mirror, shift
 from ._images import Images, hold_out, image_task
-from ._optional import optional
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -192,7 +192,7 @@ def _strip(path: Path) -> Bytes:
 
 
 def _decode(raw: bytes, size: tuple[int, int], path: Path) -> Bytes:
-    pillow = optional("PIL.Image", "pillow", f"decoding {path}")
+    pillow = optional("PIL.Image", "pillow", "data", f"decoding {path}")
     try:
         image = pillow.open(io.BytesIO(raw))
         if image.size == size:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.optional import optional
 from ..core.registry import task
 from ..core.task import Task
 from ..errors import InputError
 from ._images import SPLIT_SEED, Images, image_task
-from ._optional import optional
 
 # Mean and standard deviation of all pixels, scaled to [0, 1].
 MEAN, DEVIATION = 0.3053, 0.3760
@@ -90,4 +90,4 @@ def _stratified(numbers: Tensor, labels: Tensor, held: int) -> tuple[Tensor, Ten
 
 
 def _sklearn(part: str) -> Any:
-    return optional(f"sklearn.{part}", "scikit-learn", "the task 'digits'")
+    return optional(f"sklearn.{part}", "scikit-learn", "data", "the task 'digits'")

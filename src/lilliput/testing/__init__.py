@@ -14,7 +14,7 @@ accept one of the three, or the contract is not met.
 """
 
 from .contract import MethodContract
-from .examples import example, registered_examples
+from .examples import registered_examples
 from .networks import NETWORKS, TinyNetwork, TinyTransformer, make_batches
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "MethodContract",
     "TinyNetwork",
     "TinyTransformer",
-    "example",
     "make_batches",
     "registered_examples",
 ]

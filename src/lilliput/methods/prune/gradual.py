@@ -58,6 +58,11 @@ class Gradual(LayerMethod):
     schedule: Schedule = Field(default_factory=lambda: Schedule(shape="cubic", end=0.75))
     remove_dead: bool = True
 
+    @classmethod
+    def example(cls) -> Gradual:
+        """Half of the weights go."""
+        return cls(sparsity=0.5)
+
     def amounts(self) -> Any:
         """The setting that decides which layers take part."""
         return self.sparsity

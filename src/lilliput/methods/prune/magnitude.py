@@ -93,6 +93,11 @@ class Magnitude(LayerMethod):
             raise ValueError("scope: global ranks all layers together: give one sparsity for all")
         return self
 
+    @classmethod
+    def example(cls) -> Magnitude:
+        """Half of the weights go."""
+        return cls(sparsity=0.5)
+
     def amounts(self) -> Any:
         """The setting that decides which layers take part."""
         return self.sparsity if self.threshold is None else self.threshold
