@@ -95,7 +95,7 @@ def test_a_directory_that_another_process_writes(recipe: Path, tmp_path: Path) -
 def test_a_directory_that_is_a_file(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     answer = typed("run", recipe, "--directory", tmp_path / "run", "--json")
-    assert (answer.code, answer.json["error"]) == (1, "FileExistsError")
+    assert (answer.code, answer.json["error"]) == (1, "RunConflict")
 
 
 @pytest.mark.parametrize(
