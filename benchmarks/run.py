@@ -48,7 +48,9 @@ def main() -> None:
         run_all(chosen, options)
     for path in chosen:
         show(options.results / f"{path.stem}.json")
-    print("\n" + markdown([options.results / f"{path.stem}.json" for path in chosen]))
+    results = [p for path in chosen if (p := options.results / f"{path.stem}.json").exists()]
+    print("\n" + markdown(results))
+    print("\n" + columns(results))
 
 
 def run_all(paths: list[Path], options: argparse.Namespace) -> None:
@@ -133,8 +135,7 @@ def markdown(results: list[Path]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for path in results:
-        if path.exists():
-            rows.append(markdown_row(json.loads(path.read_text())))
+        rows.append(markdown_row(json.loads(path.read_text())))
     return "\n".join(rows)
 
 
@@ -157,6 +158,35 @@ def markdown_row(content: dict[str, Any]) -> str:
         experiment.get("reported", ""),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def columns(results: list[Path]) -> str:
+    """Deep Compression's own table: kept weights, and the ratios of its three steps; means over seeds."""
+    rows = [
+        "| network, data | kept weights a layer, % | P | P+Q | P+Q+H | file |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in results:
+        content = json.loads(path.read_text())
+        rows.append(columns_row(content["experiment"], content["runs"]))
+    return "\n".join(rows)
+
+
+def columns_row(experiment: dict[str, Any], runs: list[dict[str, Any]]) -> str:
+    def kept(layer: int) -> float:
+        layers = [run["stages"][-1]["layers"][layer] for run in runs]
+        return 100 * mean(found["nonzeros"] / found["weights"] for found in layers)
+
+    names = [found["name"] for found in runs[0]["stages"][-1]["layers"]]
+    weights = [n for n, name in enumerate(names) if name.endswith("weight")]
+    shown = ", ".join(f"{kept(n):.1f}" for n in weights) if len(weights) <= 8 else ""
+    steps = [
+        mean(run["dense_bytes"] / run["deep_compression"][step] for run in runs)
+        for step in ("P", "P+Q", "P+Q+H")
+    ]
+    file = mean(run["size_ratio"] for run in runs)
+    ratios = " | ".join(f"{ratio:.1f}x" for ratio in (*steps, file))
+    return f"| {experiment.get('title', experiment['recipe'])} | {shown} | {ratios} |"
 
 
 def summary(run: dict[str, Any]) -> str:
