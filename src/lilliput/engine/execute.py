@@ -22,6 +22,7 @@ from ..core.run import Run
 from ..core.task import Task, evaluate
 from ..core.types import Change
 from ..errors import InputError, NothingChanged
+from ..measure.latency import torch_threads
 from ..mechanisms.encodings import bake
 from . import distributed
 from .checkpoint import load_model_tree, model_tree
@@ -45,6 +46,7 @@ class Job:
         seed: of everything random.
         device: where to train.
         deterministic: use torch's deterministic algorithms.
+        threads: torch threads; None leaves them as they are.
         artifact: how files are written.
         expect: conditions on the result.
         stage_tasks: tasks of the stages that have their own.
@@ -58,6 +60,7 @@ class Job:
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     deterministic: bool = True
+    threads: int | None = None
     artifact: ArtifactSettings = field(default_factory=ArtifactSettings)
     expect: dict[str, str] = field(default_factory=dict)
     stage_tasks: dict[int, Task] = field(default_factory=dict)
@@ -88,6 +91,7 @@ def execute(
         with (
             RunDirectory(directory, job.description, fresh=fresh, leader=leader) as home,
             preserved_randomness(),
+            torch_threads(job.threads or torch.get_num_threads()),
         ):
             distributed.barrier()
             return _Execution(job, home, watchers).run_all()

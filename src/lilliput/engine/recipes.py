@@ -123,6 +123,7 @@ def build_job(recipe: Recipe) -> Job:
         seed=recipe.seed,
         device=distributed.device_of(recipe.device),
         deterministic=recipe.deterministic,
+        threads=recipe.threads,
         artifact=recipe.artifact,
         expect=recipe.expect,
         stage_tasks=tasks,

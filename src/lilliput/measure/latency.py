@@ -112,7 +112,7 @@ def latency(
     named = {"model": models} if isinstance(models, nn.Module) else dict(models)
     _check(named, repeats, warmup, threads, seconds, clock)
     with ExitStack() as stack:
-        stack.enter_context(_threads(threads))
+        stack.enter_context(torch_threads(threads))
         for model in {id(model): model for model in named.values()}.values():
             stack.enter_context(undisturbed(model))
         for model in list(named.values()) * warmup:
@@ -165,7 +165,8 @@ def _spread(values: list[float]) -> Spread:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads, and as many as before afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
