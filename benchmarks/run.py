@@ -93,13 +93,20 @@ def run_one(path: Path, seed: int, options: argparse.Namespace) -> None:
     if done.returncode:
         print(f"{path.stem} seed {seed} failed:\n{done.stderr[-2000:]}", flush=True)
         return
-    figures = json.loads((directory / "result.json").read_text())
-    figures |= {
-        "seed": seed,
-        "environment": json.loads((directory / "environment.json").read_text()),
-    }
+    environment = json.loads((directory / "environment.json").read_text())
+    figures = portable(json.loads((directory / "result.json").read_text()))
+    figures |= {"seed": seed, "environment": environment}
     add(options.results / f"{path.stem}.json", experiment, figures)
     print(f"{path.stem} seed {seed}: {summary(figures)}", flush=True)
+
+
+def portable(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures without the directories of the machine that made them: results are committed."""
+    home = Path(figures.pop("run"))
+    for found in (figures, *figures["stages"]):
+        if "artifact" in found:
+            found["artifact"] = str(home.joinpath(found["artifact"]).relative_to(home))
+    return figures
 
 
 def add(path: Path, experiment: dict[str, Any], figures: dict[str, Any]) -> None:
