@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .core.task import Task, accuracy
     from .io import load, save
     from .measure import measure
+    from .thinning import thin
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOMES = {
     "core.task": ("Task", "accuracy"),
     "io": ("load", "save"),
     "measure": ("measure",),
+    "thinning": ("thin",),
 }
 _MODULES = ("artifact", "methods", "measure", "errors", "testing")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -51,6 +53,7 @@ __all__ = [
     "run_recipe",
     "save",
     "task",
+    "thin",
 ]
 
 

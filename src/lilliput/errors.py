@@ -18,6 +18,7 @@
     └── RunError                       a run that cannot start, or cannot go on
         ├── Diverged                   the loss is not finite
         ├── NothingChanged             a method finished and the model is as it was
+        ├── SurgeryFailed              channels could not be cut: the model is as it was
         └── RunConflict                the run directory belongs to another recipe or process
 
 Every message says what is wrong, where, why, and what to do next.
@@ -112,6 +113,10 @@ class Diverged(RunError):
 
 class NothingChanged(RunError):
     """A method has finished and the model is as it was before."""
+
+
+class SurgeryFailed(RunError):
+    """Channels could not be cut out; the model is bit-identical to before."""
 
 
 class RunConflict(RunError):

@@ -20,9 +20,16 @@ from .artifact import BFloat16, Coded
 from .core import registry
 from .core.recipe import ArtifactSettings
 from .core.select import weights
-from .errors import InputError, ModelMismatch, UnsupportedArtifact
+from .errors import (
+    CorruptArtifact,
+    InputError,
+    LilliputError,
+    ModelMismatch,
+    UnsupportedArtifact,
+)
 from .measure import effective_state
 from .mechanisms.encodings import Codebook, encoding_of, original_of
+from .mechanisms.surgery import Plan, apply_plan, plan_of, transaction
 
 Path_ = str | PathLike[str]
 
@@ -53,10 +60,12 @@ def save(
         True
     """
     settings = settings or ArtifactSettings()
+    plan = plan_of(model)
     artifact.write(
         path,
         parts(model),
-        structure=getattr(model, "lilliput_origin", {}),
+        structure=getattr(model, "lilliput_origin", {})
+        | ({} if plan is None else {"plan": plan.as_dict()}),
         recipe=recipe or {},
         figures=figures or {},
         codec=settings.codec,
@@ -70,7 +79,8 @@ def load(path: Path_, *, model: nn.Module | None = None, max_bytes: int | None =
 
     Args:
         path: the file.
-        model: an instance to fill, where the file names no registered architecture.
+        model: an instance to fill, where the file names no registered architecture; of a network that
+            lost channels a whole one, as its class builds it.
         max_bytes: refuse a file whose decoded tensors are larger; by default 8 GiB.
 
     Raises:
@@ -80,9 +90,10 @@ def load(path: Path_, *, model: nn.Module | None = None, max_bytes: int | None =
     """
     limit = {} if max_bytes is None else {"max_bytes": max_bytes}
     with artifact.open(path, **limit) as file:
-        target = model if model is not None else _build(file.structure or {}, path)
+        structure = _structure(file)
+        target = model if model is not None else _build(structure, path)
         state = {name: _to_torch(file, name) for name in file.names()}
-    _fill(target, state, path)
+    _thin_and_fill(target, structure.get("plan"), state, path)
     return target.eval()
 
 
@@ -136,6 +147,25 @@ def _build(structure: dict[str, Any], path: Path_) -> nn.Module:
     return model
 
 
+def _structure(file: artifact.Artifact) -> dict[str, Any]:
+    return file.structure if isinstance(file.structure, dict) else {}
+
+
+def _thin_and_fill(model: nn.Module, plan: Any, state: dict[str, Tensor], path: Path_) -> None:
+    """Cut out the channels that the network in the file has lost, and take in its tensors."""
+    if plan is None:
+        _fill(model, state, path)
+        return
+    with transaction(model):
+        try:
+            apply_plan(model, Plan.from_dict(plan))
+        except CorruptArtifact as error:
+            raise CorruptArtifact(f"{path}: {error}") from error
+        except LilliputError as error:
+            raise ModelMismatch(f"{path} does not fit {type(model).__name__}: {error}") from error
+        _fill(model, state, path)
+
+
 def _fill(model: nn.Module, state: dict[str, Tensor], path: Path_) -> None:
     """Load a state, after checking all of it, so that a model is filled whole or not at all."""
     own = model.state_dict()
@@ -159,13 +189,14 @@ def _fill(model: nn.Module, state: dict[str, Tensor], path: Path_) -> None:
     model.load_state_dict(state)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of an artifact, or of any other safetensors file."""
+def _read_safetensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The plan and the tensors of an artifact; of any other safetensors file there is no plan."""
     try:
         with artifact.open(path) as file:
-            return {name: _to_torch(file, name) for name in file.names()}
+            state = {name: _to_torch(file, name) for name in file.names()}
+            return _structure(file).get("plan"), state
     except UnsupportedArtifact:
-        return safetensors.torch.load_file(path)
+        return None, safetensors.torch.load_file(path)
 
 
 def load_weights(model: nn.Module, path: Path_) -> nn.Module:
@@ -182,7 +213,7 @@ def load_weights(model: nn.Module, path: Path_) -> nn.Module:
     if not path.exists():
         raise InputError(f"there is no file {path} to take weights from.")
     if path.suffix == ".safetensors":
-        _fill(model, _read_safetensors(path), path)
+        _thin_and_fill(model, *_read_safetensors(path), path)
         return model
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

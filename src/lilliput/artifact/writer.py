@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import secrets
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,9 @@ from lilliput.artifact.report import SizeReport, report_tensor
 from lilliput.artifact.tensors import DTYPES, Symbols, Tensor, to_symbols
 from lilliput.errors import ArtifactError, InputError, UnknownName
 
-CHUNK_WEIGHTS = 1 << 20
+#: Weights of a chunk. Where few are not zero it may be four times as many: with fewer symbols than
+#: these, the tables of the Huffman codes would take more than half a percent of a chunk.
+CHUNK_WEIGHTS, _CHUNK_SYMBOLS = 1 << 20, 1 << 16
 #: Below this many bytes of payload the compact header is worth its being readable by Lilliput only.
 _COMPACT_BYTES = 1 << 20
 
@@ -40,7 +43,7 @@ class _Options:
     codec: str | Mapping[str, str]
     index_bits: int | Literal["paper"] | Mapping[str, int] | None
     floats: str
-    chunk_weights: int
+    chunk_weights: int | None
 
 
 def write(
@@ -54,7 +57,7 @@ def write(
     index_bits: int | Literal["paper"] | Mapping[str, int] | None = None,
     floats: Literal["float32", "float16"] = "float32",
     profile: Profile = "auto",
-    chunk_weights: int = CHUNK_WEIGHTS,
+    chunk_weights: int | None = None,
 ) -> SizeReport:
     """Write tensors to one compressed file.
 
@@ -72,8 +75,8 @@ def write(
             finite there and no value moves by more than 2^-10 of itself or of the root mean square.
         profile: "compact" for tiny networks; "auto" takes it for payloads under 1 MiB, but never
             for a path that ends in ``.safetensors``.
-        chunk_weights: weights of a chunk, rounded to whole rows. Decoding is parallel, and partial,
-            by chunks.
+        chunk_weights: weights of a chunk, rounded to whole rows; None takes 2^20, and up to 2^22
+            where few weights are not zero. Decoding is parallel, and partial, by chunks.
 
     Returns:
         The sizes, as `Artifact.report` would measure them.
@@ -130,7 +133,7 @@ def _check_options(options: _Options, profile: str, tensors: Mapping[str, Tensor
                 raise UnknownName("tensor", name, tensors)
     if "__metadata__" in tensors:
         raise InputError("no tensor can be named '__metadata__': safetensors reserves the name.")
-    if options.chunk_weights < 1:
+    if options.chunk_weights is not None and options.chunk_weights < 1:
         raise InputError(f"chunk_weights is {options.chunk_weights}; give 1 or more.")
 
 
@@ -161,12 +164,18 @@ def _encode_all(tensors: Mapping[str, Tensor], options: _Options) -> dict[str, _
 
 
 def _encode(name: str, symbols: Symbols, book: bytes, owner: str, options: _Options) -> _Encoded:
-    rows = _rows_of_chunk(symbols.shape, options.chunk_weights)
-    size = rows * int(np.prod(symbols.shape[1:], dtype=np.int64)) or max(1, symbols.flat.size)
-    chunks = [symbols.flat[at : at + size] for at in range(0, max(1, symbols.flat.size), size)]
-    counts = _count(chunks, symbols)
-    chosen, coder = _codec(name, symbols, chunks, counts, options)
-    parts = [[coder.encode(chunk)] for chunk in chunks]
+    counts = _count(symbols)
+    rows, chunks = _cut(symbols, options.chunk_weights or _chunk_weights(counts))
+    relative_index = DeepCompression(_index_bits(name, symbols.shape, options))
+    codecs: dict[str, Codec] = CODECS | {"deep_compression": relative_index}
+
+    @functools.cache  # what was encoded to compare codecs is not encoded again
+    def encode(codec: str, at: int) -> bytes | memoryview:
+        return codecs[codec].encode(chunks[at])
+
+    plain = symbols.codebook is None
+    chosen = _codec(name, symbols, options, lambda: choose(chunks, counts, plain, encode))
+    parts = [[encode(chosen, at)] for at in range(len(chunks))]
     parts[0].insert(0, book)
     entry = Entry(
         codec=chosen,
@@ -182,22 +191,35 @@ def _encode(name: str, symbols: Symbols, book: bytes, owner: str, options: _Opti
     return _Encoded(entry, parts, None if symbols.codebook is None else counts)
 
 
-def _rows_of_chunk(shape: tuple[int, ...], chunk_weights: int) -> int:
-    """Rows of a chunk, or 0 where one chunk holds the tensor."""
-    row = int(np.prod(shape[1:], dtype=np.int64))
-    rows = max(1, chunk_weights // max(1, row))
-    return 0 if not shape or rows >= shape[0] else rows
-
-
-def _count(chunks: list[NDArray[np.unsignedinteger]], symbols: Symbols) -> NDArray[np.int64]:
+def _count(symbols: Symbols) -> NDArray[np.int64]:
     """Occurrences of each code, or of (zero, not zero) among plain values."""
     if symbols.codebook is None:
-        nonzeros = sum(int(np.count_nonzero(chunk)) for chunk in chunks)
+        nonzeros = int(np.count_nonzero(symbols.flat))
         return np.array([symbols.flat.size - nonzeros, nonzeros])
     counts = np.zeros(len(symbols.codebook), np.int64)
-    for chunk in chunks:  # one at a time, for bincount makes a copy in int64
-        counts += np.bincount(chunk, minlength=len(counts))
+    for part in _slices(symbols.flat, CHUNK_WEIGHTS):  # for bincount makes a copy in int64
+        counts += np.bincount(part, minlength=len(counts))
     return counts
+
+
+def _chunk_weights(counts: NDArray[np.int64]) -> int:
+    """The weights that hold enough symbols, where these are independent of the place."""
+    total, rest = int(counts.sum()), int(counts[1:].sum())
+    wanted = _CHUNK_SYMBOLS * total // max(1, rest)
+    return min(max(wanted, CHUNK_WEIGHTS), 4 * CHUNK_WEIGHTS)
+
+
+def _cut(symbols: Symbols, chunk_weights: int) -> tuple[int, list[NDArray[np.unsignedinteger]]]:
+    """Rows of a chunk, or 0 where one chunk holds the tensor, and the symbols of each chunk."""
+    shape, row = symbols.shape, int(np.prod(symbols.shape[1:], dtype=np.int64))
+    rows = max(1, chunk_weights // max(1, row))
+    if not shape or rows >= shape[0] or not row:
+        return 0, [symbols.flat]
+    return rows, _slices(symbols.flat, rows * row)
+
+
+def _slices(flat: NDArray[np.unsignedinteger], size: int) -> list[NDArray[np.unsignedinteger]]:
+    return [flat[at : at + size] for at in range(0, len(flat), size)]
 
 
 def _nonzeros(symbols: Symbols, counts: NDArray[np.int64]) -> int:
@@ -207,16 +229,10 @@ def _nonzeros(symbols: Symbols, counts: NDArray[np.int64]) -> int:
     return int(counts[symbols.codebook != 0].sum())
 
 
-def _codec(
-    name: str,
-    symbols: Symbols,
-    chunks: list[NDArray[np.unsignedinteger]],
-    counts: NDArray[np.int64],
-    options: _Options,
-) -> tuple[str, Codec]:
+def _codec(name: str, symbols: Symbols, options: _Options, choose_codec: Callable[[], str]) -> str:
     asked = options.codec if isinstance(options.codec, str) else options.codec.get(name, "auto")
     if asked == "auto" or (symbols.codebook is None and isinstance(options.codec, str)):
-        chosen = choose(chunks, counts, symbols.codebook is None)
+        chosen = choose_codec()
         asked = asked if chosen != "raw" and asked in SPARSE else chosen
     if asked in ("raw", "f16"):
         asked = "f16" if symbols.stored != symbols.dtype else "raw"
@@ -225,9 +241,7 @@ def _codec(
             f"tensor {name!r} is plain {symbols.stored}, and 'packed' holds codes only. "
             "Give it 'raw', 'gap' or 'auto'."
         )
-    if asked == "deep_compression":
-        return asked, DeepCompression(_index_bits(name, symbols.shape, options))
-    return asked, CODECS[asked]
+    return asked
 
 
 def _index_bits(name: str, shape: tuple[int, ...], options: _Options) -> int | None:

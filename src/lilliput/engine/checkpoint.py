@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import CorruptArtifact, RunError
 from ..mechanisms.encodings import bake, describe, rebuild
+from ..mechanisms.surgery import Plan, apply_plan, plan_of
 
 _KEY = "lilliput.checkpoint"
 
@@ -108,8 +109,10 @@ def _put_together(node: Any, tensor: Callable[[str], Tensor]) -> Any:
 
 
 def model_tree(model: nn.Module) -> dict[str, Any]:
-    """All of a model that training may change: tensors, encodings, dropout rates."""
+    """All of a model that training may change: channels, tensors, encodings, dropout rates."""
+    plan = plan_of(model)
     return {
+        "plan": None if plan is None else plan.as_dict(),
         "tensors": model.state_dict(),
         "encodings": describe(model),
         "dropout": {name: module.p for name, module in _dropouts(model)},
@@ -117,7 +120,12 @@ def model_tree(model: nn.Module) -> dict[str, Any]:
 
 
 def load_model_tree(model: nn.Module, tree: dict[str, Any]) -> None:
-    """Put a model of the same class, with or without encodings, into the state of a tree."""
+    """Put a model of the same class, with or without encodings, into the state of a tree.
+
+    It may have channels that the tree has not; they are cut out.
+    """
+    if tree["plan"] is not None:
+        apply_plan(model, Plan.from_dict(tree["plan"]))
     if describe(model) != tree["encodings"]:
         rebuild(bake(model), tree["encodings"])
     model.load_state_dict(tree["tensors"])
@@ -128,6 +136,12 @@ def load_model_tree(model: nn.Module, tree: dict[str, Any]) -> None:
 def _dropouts(model: nn.Module) -> list[tuple[str, Any]]:
     kinds = nn.modules.dropout._DropoutNd
     return [(name, m) for name, m in model.named_modules() if isinstance(m, kinds)]
+
+
+def fits(state: dict[str, Tensor], module: nn.Module) -> bool:
+    """Whether a state has the shapes that the module has now; not, once channels have gone since."""
+    own = module.state_dict()
+    return state.keys() == own.keys() and all(state[k].shape == v.shape for k, v in own.items())
 
 
 def clone_state(module: nn.Module) -> dict[str, Tensor]:

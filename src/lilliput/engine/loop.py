@@ -56,17 +56,18 @@ class Hooks:
 
 @dataclass
 class Tally:
-    """Sums of the logged figures over an epoch."""
+    """Sums of the logged figures over an epoch, in double precision."""
 
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor | float] = field(default_factory=dict)
     steps: int = 0
 
     def add(self, figures: dict[str, Tensor | float]) -> None:
         """Take in the figures of one step."""
         for name, value in figures.items():
-            known = self.sums.get(name)
-            value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
-            self.sums[name] = value.double() if known is None else known.add_(value)
+            if isinstance(value, Tensor):
+                # A figure on a GPU stays there: reading it would make the GPU wait.
+                value = value.item() if value.device.type == "cpu" else value.detach().double()
+            self.sums[name] = self.sums.get(name, 0.0) + value
         self.steps += 1
 
     def close(self) -> dict[str, float]:
@@ -114,7 +115,8 @@ class Loop:
         loss = self.hooks.drive(run) if self.hooks.drive else self._forward_and_backward()
         self._check_finite(loss)
         run.step += 1
-        reapply(self.masks)
+        if self.masks:
+            reapply(self.masks)
         for hook in self.hooks.after_step:
             hook(run)
         self.tally.add({"loss": loss, **run.logged})
@@ -149,7 +151,7 @@ class Loop:
                 "the stage has no loss: the task's weight is 0 and no method of it adds a term."
             )
         if len(terms) > 1:  # a single term is the loss itself
-            run.logged.update({name: value.detach() for name, value in terms.items()})
+            run.logged.update(terms)
         first, *others = terms.values()  # adding to 0 would be one more operation to differentiate
         return sum(others, first)
 
@@ -179,7 +181,7 @@ class Loop:
         # Looking at the loss makes a GPU wait: there, look now and then.
         if self.run.device.type == "cuda" and self.run.step % 50:
             return
-        value = float(loss.detach())
+        value = loss.item()
         if not math.isfinite(value):
             raise Diverged(
                 f"the loss is {value} at step {self.run.step} (epoch {self.run.epoch + 1}) of "

@@ -20,7 +20,7 @@ from ..core.run import Run
 from ..core.task import evaluate, move, read
 from ..core.types import Batch
 from . import distributed
-from .checkpoint import clone_state, load_model_tree, model_tree
+from .checkpoint import clone_state, fits, load_model_tree, model_tree
 from .loop import Hooks, Loop
 from .optim import build_optimizer, trained_parameters
 from .progress import Watcher
@@ -68,7 +68,7 @@ class Training:
         self._resume()
         while self.run.epoch < self.train.epochs:
             self._epoch()
-        if self.best is not None:
+        if self.best is not None and fits(self.best["model"], self.run.model):
             self.run.model.load_state_dict(self.best["model"])
 
     def _epoch(self) -> None:
@@ -120,6 +120,8 @@ class Training:
         run = self.run
         score = evaluate(run.model, run.task.validation, run.task.score, run.device)
         eligible = self.train.keep == "best" and all(m.settled(run) for m in run.methods)
+        if self.best is not None and not fits(self.best["model"], run.model):
+            self.best = None  # a wider network is not what the stage is to keep
         if eligible and (self.best is None or score >= self.best["score"]):
             self.best = {"score": score, "model": clone_state(run.model)}
         return score

@@ -44,6 +44,13 @@ class Encoding(nn.Module):
         """What trains, computed from the value that the weight has now; called by torch."""
         return value
 
+    def forget(self) -> None:
+        """Drop what was computed from the buffers: they were loaded, or cut by surgery."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget()
+
 
 class Mask(Encoding):
     """Which weights live.
@@ -67,8 +74,10 @@ class Mask(Encoding):
             raise UnknownName("mask policy", policy, ("hard", "straight_through"))
         self.register_buffer("mask", mask.bool())
         self.policy = policy
-        self.multiplies = True  # False where what lies inside has these zeros already
+        # In a tuple, lest torch takes what lies further inside the stack for parts of the mask.
+        self.inside: tuple[Codebook, ...] = ()
         self._factor: Tensor | None = None
+        self._rests: bool | None = None
 
     def settings(self) -> dict[str, Any]:
         """The policy."""
@@ -81,7 +90,7 @@ class Mask(Encoding):
     def update(self, mask: Tensor) -> None:
         """Replace the mask; a hard mask is stored at the next :func:`reapply`."""
         self.mask.copy_(mask)
-        self._changed()
+        self.forget()
 
     def factor(self, like: Tensor) -> Tensor:
         """The mask as numbers of the weight's type, which multiply faster than booleans."""
@@ -94,14 +103,22 @@ class Mask(Encoding):
         """The effective weight."""
         if self.policy == "straight_through":
             return value + (value * self.factor(value) - value).detach()
-        return value * self.factor(value) if self.multiplies and not self.innermost else value
+        return value if self.innermost or self.rests() else value * self.factor(value)
 
-    def _changed(self) -> None:
-        self._factor, self.multiplies = None, True
+    def rests(self) -> bool:
+        """Whether its zeros are structural further inside, as after clustering a pruned weight."""
+        if self._rests is None:
+            self._rests = any(bool((self.mask | (e.codes == 0)).all()) for e in self.inside)
+        return self._rests
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._changed()
+    def lie_on(self, inside: list[Encoding]) -> None:
+        """Learn what lies further inside the stack."""
+        self.inside = tuple(e for e in inside if isinstance(e, Codebook))
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the mask as numbers, and whether it rests."""
+        self._factor = self._rests = None
 
 
 def _lookup(centroids: Tensor, codes: Tensor, places: Tensor | None, shape: torch.Size) -> Tensor:
@@ -112,7 +129,8 @@ def _lookup(centroids: Tensor, codes: Tensor, places: Tensor | None, shape: torc
     """
     values = centroids.index_select(0, codes)
     if places is not None:
-        values = centroids.new_zeros(shape.numel()).scatter_(0, places, values)
+        # Its gradient, an index_select, is faster than the gather of scatter_.
+        values = centroids.new_zeros(shape.numel()).index_copy_(0, places, values)
     return values.view(shape)
 
 
@@ -182,9 +200,10 @@ class Codebook(Encoding):
 
     def forward(self, centroids: Tensor) -> Tensor:
         """The effective weight."""
-        weight = _lookup(centroids, *self.members(), self.codes.shape)
+        codes = self.codes  # looked up once: torch's attributes are slow
+        weight = _lookup(centroids, *self.members(), codes.shape)
         # The codes are laid out as the layer is: hand the weight over in the same layout.
-        channels_last = self.codes.ndim == 4 and not self.codes.is_contiguous()
+        channels_last = codes.ndim == 4 and not codes.is_contiguous()
         return weight.contiguous(memory_format=torch.channels_last) if channels_last else weight
 
     def table(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,8 +212,8 @@ class Codebook(Encoding):
             return self.codes - 1, centroids
         return self.codes, torch.cat([centroids.new_zeros(1), centroids])
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def forget(self) -> None:
+        """Drop the list of members."""
         self._members = None
 
 
@@ -207,20 +226,13 @@ def encode(weight: Weight, encoding: Encoding) -> None:
     stack = sorted([*kept, encoding], key=lambda e: e.depth)
     strip(weight)
     _own_class(weight.module)
-    for inner in stack:
-        inner.innermost = inner is stack[0]
-        parametrize.register_parametrization(weight.module, weight.tensor, inner, unsafe=True)
-    _rest_masks(stack)
+    for place, part in enumerate(stack):
+        part.innermost = place == 0
+        if isinstance(part, Mask):
+            part.lie_on(stack[:place])
+        parametrize.register_parametrization(weight.module, weight.tensor, part, unsafe=True)
     if isinstance(weight.module, nn.RNNBase):
         _refresh_before_forward(weight.module)
-
-
-def _rest_masks(stack: list[Encoding]) -> None:
-    """Let masks rest whose zeros are structural further inside, as after clustering a pruned weight."""
-    inside = next((e.codes == 0 for e in stack if isinstance(e, Codebook)), None)
-    for mask in stack:
-        if isinstance(mask, Mask) and inside is not None:
-            mask.multiplies = bool((~mask.mask & ~inside).any())
 
 
 def strip(weight: Weight) -> None:

@@ -1,0 +1,253 @@
+"""Every method that removes channels, side by side on CIFAR-10: score against work.
+
+    python benchmarks/channels.py resnet20               # all rows, three seeds
+    python benchmarks/channels.py resnet56 --jobs 2
+    python benchmarks/channels.py resnet20 --only taylor --seeds 0
+    python benchmarks/channels.py resnet20 --table       # only print
+
+The published weights are first fine-tuned on the data at hand; that network is where every row starts. Then
+each row gets the same images, epochs and schedule: a method that removes at once retrains all the time, one
+that trains towards zeros first has half of it for that, and the dense row just trains on. Done rows are
+kept in ``benchmarks/results/channels_NETWORK.json``; killed and started again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import nn
+
+from lilliput.api import compress
+from lilliput.core.recipe import ModelSettings, Stage, TaskSettings, Train
+from lilliput.core.task import Task
+from lilliput.engine.recipes import build_model, build_task
+from lilliput.engine.records import environment
+from lilliput.errors import LilliputError
+from lilliput.io import load
+
+HERE = Path(__file__).resolve().parent
+IMAGES = 10_000
+WEIGHTS = {
+    "resnet20": "$LILLIPUT_DATA/cifar10-resnet/resnet20-12fca82f.th",
+    "resnet56": "$LILLIPUT_DATA/cifar10-resnet/resnet56-4bfd9763.th",
+}
+BUDGETS = {"resnet20": (0.7, 0.5), "resnet56": (0.5,)}
+RATE = 0.01
+
+Job = tuple[str, str, float, int, int]  # network, row, budget, seed, epochs
+
+
+# -- the rows -----------------------------------------------------------------------------------
+
+
+def train(epochs: int) -> Train:
+    return Train(
+        epochs=epochs, optimizer="sgd", lr=RATE, momentum=0.9, lr_schedule="cosine",
+        weight_decay=1e-4, precision="bfloat16", channels_last=True, evaluate_every=epochs,
+    )  # fmt: skip
+
+
+def at_once(epochs: int, *methods: dict[str, Any]) -> list[Stage]:
+    """Remove, and retrain all the time."""
+    return [Stage(methods=list(methods), train=train(epochs))]
+
+
+def towards_zeros(epochs: int, *methods: dict[str, Any]) -> list[Stage]:
+    """Train towards zeros in the first half, remove, retrain in the second."""
+    first = Stage(methods=list(methods), train=train(epochs // 2))
+    return [first, Stage(train=train(epochs - epochs // 2))]
+
+
+PLANS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "random": (at_once, {"method": "random"}),
+    "filter_l1": (at_once, {"method": "filter_l1"}),
+    "filter_l1, greedy": (at_once, {"method": "filter_l1", "selection": "greedy"}),
+    "filter_l2": (at_once, {"method": "filter_l2"}),
+    "fpgm": (at_once, {"method": "fpgm"}),
+    "thinet": (at_once, {"method": "thinet"}),
+    "apoz": (at_once, {"method": "apoz", "rounds": 3, "scope": "layer"}),
+    "taylor": (at_once, {"method": "taylor", "rounds": 10}),
+    "taylor, weight x gradient": (at_once, {"method": "taylor", "criterion": "weight_gradient"}),
+    "slimming": (towards_zeros, {"method": "slimming", "penalty": 1e-3}),
+    "bn_ista": (towards_zeros, {"method": "bn_ista"}),
+    "soft_filter": (towards_zeros, {"method": "soft_filter"}),
+    "structured_sparsity": (towards_zeros, {"method": "structured_sparsity"}),
+}
+TEACHER = {"method": "soft_targets", "teacher": "original", "temperature": 4}
+
+
+def stages(row: str, budget: float, epochs: int) -> list[Stage]:
+    """What happens to the fine-tuned network in one row."""
+    if row == "dense":
+        return [Stage(train=train(epochs))]
+    name, _, taught = row.partition(" + ")
+    plan, settings = PLANS[name]
+    methods = [{**settings, "budget": {"macs": budget}, "round_to": 1}]
+    return list(plan(epochs, *methods, *([TEACHER] if taught else [])))
+
+
+def rows(network: str) -> Iterator[tuple[str, float]]:
+    yield "dense", 1.0
+    for budget in BUDGETS[network]:
+        for row in (*PLANS, "from scratch", "filter_l1 + teacher", "taylor + teacher"):
+            yield row, budget
+
+
+# -- one row ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def task() -> Task:
+    arguments = {"source": "jpeg", "augment": True, "limit": IMAGES}
+    return build_task(TaskSettings(name="cifar10", arguments=arguments))
+
+
+def start(network: str, seed: int, epochs: int, work: Path) -> nn.Module:
+    """The published network, fine-tuned on the data at hand; each seed has its own."""
+    path = work / f"{network}-{seed}-start"
+    published = build_model(ModelSettings(architecture=network, weights=WEIGHTS[network]))
+    return compress(
+        published, task(), [Stage(train=train(epochs))], directory=path, seed=seed
+    ).model
+
+
+def from_scratch(like: nn.Module) -> nn.Module:
+    """A network as thin as ``like`` with new random weights; it gets the epochs of both trainings."""
+    fresh = copy.deepcopy(like).train()
+    for module in fresh.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return fresh
+
+
+def do(job: Job, work: Path) -> dict[str, Any]:
+    network, row, budget, seed, epochs = job
+    torch.set_num_threads(1)
+    dense = start(network, seed, epochs, work)
+    home = work / f"{network}-{seed}-{row}-{budget}".replace(" ", "_").replace(",", "")
+    if row == "from scratch":
+        thin = load(work / f"{network}-{seed}-filter_l1-{budget}" / "model.safetensors")
+        plan, model = stages("dense", 1.0, 2 * epochs), from_scratch(thin)
+    else:
+        plan, model = stages(row, budget, epochs), dense
+    figures = compress(model, task(), plan, directory=home, seed=seed).figures
+    kept = ("score", "baseline_score", "validation", "parameters", "macs", "bytes", "latency_ratio")
+    widths = {
+        change["where"]: [change["before"], change["after"]]
+        for stage in json.loads((home / "changes.json").read_text())
+        for change in stage
+        if change["what"] == "channels"
+    }
+    return {
+        "row": row, "budget": budget, "seed": seed, "epochs": epochs,
+        **{name: figures[name] for name in kept}, "widths": widths,
+    }  # fmt: skip
+
+
+# -- all of them --------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("network", choices=sorted(WEIGHTS))
+    parser.add_argument("--only", default="", help="part of a row's name")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--jobs", type=int, default=1, help="rows at the same time")
+    parser.add_argument("--work", type=Path, default=Path("runs/channels"))
+    parser.add_argument("--table", action="store_true", help="run nothing, print the table")
+    options = parser.parse_args()
+    path = HERE / "results" / f"channels_{options.network}.json"
+    if not options.table:
+        run_all(path, options)
+    print(table(options.network, read(path)["rows"]))
+
+
+def run_all(path: Path, options: argparse.Namespace) -> None:
+    done = {(r["row"], r["budget"], r["seed"], r["epochs"]) for r in read(path)["rows"]}
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for seed in options.seeds:
+            # All rows of a seed start from one network: it must be there before they do.
+            pool.submit(prepare, options.network, seed, options.epochs, options.work).result()
+            jobs = [
+                (options.network, row, budget, seed, options.epochs)
+                for row, budget in rows(options.network)
+                if options.only in row and (row, budget, seed, options.epochs) not in done
+            ]
+            for finished in as_completed([pool.submit(attempt, job, options.work) for job in jobs]):
+                keep(path, finished.result())
+
+
+def prepare(network: str, seed: int, epochs: int, work: Path) -> None:
+    torch.set_num_threads(1)
+    start(network, seed, epochs, work)
+
+
+def attempt(job: Job, work: Path) -> dict[str, Any]:
+    """A row that is refused is told and left out."""
+    try:
+        return do(job, work)
+    except LilliputError as error:
+        return {"row": job[1], "budget": job[2], "seed": job[3], "refused": str(error)}
+
+
+def keep(path: Path, row: dict[str, Any]) -> None:
+    if "refused" in row:
+        print(f"{row['row']} at {row['budget']}, seed {row['seed']}: {row['refused']}", flush=True)
+        return
+    print(
+        f"{row['row']} at {row['budget']}, seed {row['seed']}: {row['baseline_score']:.2f} -> "
+        f"{row['score']:.2f}, {row['macs']:,} MACs, {row['parameters']:,} parameters",
+        flush=True,
+    )
+    content = read(path)
+    content["rows"].append(row)
+    content["rows"].sort(key=lambda r: (-r["budget"], r["row"], r["seed"]))
+    content["environment"] = environment()
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {"images": IMAGES, "rows": []}
+
+
+def table(network: str, done: list[dict[str, Any]]) -> str:
+    lines = [
+        "| row | MACs | parameters | accuracy, % | to dense |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    dense = [r for r in done if r["row"] == "dense"]
+    for row, budget in rows(network):
+        found = [r for r in done if (r["row"], r["budget"]) == (row, budget)]
+        if found:
+            lines.append(line(row, found, dense))
+    return "\n".join(lines)
+
+
+def line(row: str, found: list[dict[str, Any]], dense: list[dict[str, Any]]) -> str:
+    scores = [r["score"] for r in found]
+    spread = f" ± {stdev(scores):.2f}" if len(scores) > 1 else " (one seed)"
+    reference = {r["seed"]: r for r in dense}
+    pairs = [(r, reference[r["seed"]]) for r in found if r["seed"] in reference]
+
+    def share(name: str) -> str:
+        return f"{100 * mean(r[name] / d[name] for r, d in pairs):.0f} %" if pairs else ""
+
+    change = f"{mean(r['score'] - d['score'] for r, d in pairs):+.2f}" if pairs else ""
+    cells = (row, share("macs"), share("parameters"), f"{mean(scores):.2f}{spread}", change)
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

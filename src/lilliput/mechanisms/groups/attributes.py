@@ -1,0 +1,130 @@
+"""Integers that modules hold, and that have to follow when channels go.
+
+``self.num_heads`` in a ``view`` is one of them: the trace saw the attribute's value arrive there
+(:mod:`.widths`), and so knows of which dim it is the size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from .components import Assembly
+from .labels import Solution
+from .trace import Check, Trace, kept_by
+from .widths import Kept
+
+
+class Attributes:
+    """Which integers follow from which labels.
+
+    Args:
+        trace: of a forward pass.
+        solution: its components.
+        assembly: its groups.
+    """
+
+    def __init__(self, trace: Trace, solution: Solution, assembly: Assembly) -> None:
+        self._solution, self._assembly = solution, assembly
+        self._targets = {
+            path: labels
+            for path, labels in trace.attributes.items()
+            if solution.live(labels).any()
+        }
+
+    def after(self, removal: Mapping[int, np.ndarray]) -> dict[str, int]:
+        """The attributes that a removal changes, with their new values."""
+        kept = kept_by(self._keeps(removal))
+        return {
+            path: count
+            for path, labels in self._targets.items()
+            if (count := kept(labels)) != len(labels)
+        }
+
+    def _keeps(self, removal: Mapping[int, np.ndarray]) -> np.ndarray:
+        components = np.ones(len(self._solution.fixed), dtype=bool)
+        for number, channels in removal.items():
+            gone = np.zeros(self._assembly.count[number], dtype=bool)
+            gone[channels] = True
+            its = np.nonzero(self._assembly.group == number)[0]
+            components[its] = ~gone[self._assembly.rank[its]]
+        keeps: np.ndarray = components[self._solution.of]
+        return keeps
+
+
+def settle(trace: Trace) -> Solution:
+    """Solve, and make sure that the numbers in the code will be right after any removal.
+
+    Where a number would not follow by itself, the dims are equated between which it mediates; whole
+    dims first, since parts of them then often follow. What is still wrong must stay.
+    """
+    solution = trace.labels.solve()
+    for parts in (False, True):
+        wrong = [
+            check
+            for check in _failing(trace.checks, solution)
+            if check.source is not None and (len(check.source) > 1) == parts
+        ]
+        for check in wrong:
+            trace.labels.context = check.context
+            trace.labels.equate(check.source, np.atleast_2d(check.target))
+        solution = trace.labels.solve() if wrong else solution
+    checks = trace.checks
+    while wrong := _failing(checks, solution):
+        for check in wrong:
+            _fix(trace, solution, check)
+        checks = [check for check in checks if check not in wrong]
+    return solution
+
+
+def _failing(checks: list[Check], solution: Solution) -> list[Check]:
+    """The checks that do not hold after some random removals, the largest possible among them."""
+    generator = np.random.default_rng(0)
+    draws = [kept_by(_random_keeps(solution, keep, generator)) for keep in (0.0, 0.3, 0.5, 0.7)]
+    return [check for check in checks if any(check.fails(kept) for kept in draws)]
+
+
+def _random_keeps(
+    solution: Solution, keep: float, generator: np.random.Generator
+) -> np.ndarray:
+    components = solution.fixed | (generator.random(len(solution.fixed)) < keep)
+    keeps: np.ndarray = components[solution.of]
+    return keeps
+
+
+def _fix(trace: Trace, solution: Solution, check: Check) -> None:
+    why = f"its size is a number in the code, {int(check.value)}"
+    dims = list(trace.labels_of(check.value))
+    if isinstance(check.target, int):
+        dims += trace.labels_of(check.target)
+    else:
+        dims.append(check.target)
+    for labels in dims:
+        solution.fix(labels, why, check.context)
+
+
+def set_attribute(model: nn.Module, path: str, value: int) -> None:
+    """Set an integer that a module holds, also inside a list or tuple.
+
+    Args:
+        model: the root.
+        path: as in :meth:`Attributes.after`.
+        value: the integer.
+    """
+    parts = path.split(".")
+    holder: Any = model
+    for depth, part in enumerate(parts[:-1]):
+        inner = getattr(holder, part)
+        if isinstance(inner, list | tuple) and depth == len(parts) - 2:
+            items = list(inner)
+            items[int(parts[-1])] = value
+            setattr(holder, part, type(inner)(items))
+            return
+        holder = inner
+    setattr(holder, parts[-1], value)
+
+
+__all__ = ["Attributes", "Kept", "set_attribute", "settle"]

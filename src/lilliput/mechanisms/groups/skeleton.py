@@ -1,0 +1,109 @@
+"""A model without its numbers: the same modules on the meta device, to be traced.
+
+Nothing of the model is copied that is large: parameters and buffers become meta tensors of the same
+shape. Lilliput's encodings are taken off, since surgery cuts them with the weight that they encode.
+
+The surprising rule: integers that the modules hold are replaced by integers that remember their place
+(:class:`~.widths.Width`), which is why a trace knows that a ``view`` used ``self.num_heads``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ...errors import InputError
+from ..encodings import Encoding
+from .widths import Ledger, Width
+
+#: The numbers of these modules of torch play no part in their code, or surgery corrects them.
+_PLAIN = tuple(
+    f"torch.nn.modules.{file}"
+    for file in ("activation", "batchnorm", "container", "conv", "dropout", "linear", "pooling")
+)
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the model on the meta device, in eval mode.
+
+    Raises:
+        InputError: the model cannot be copied.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "the model is a TorchScript module, whose code cannot be followed. Give the model from "
+            "which it was scripted."
+        )
+    memo: dict[int, Any] = {id(t): _meta(t) for t in (*model.parameters(), *model.buffers())}
+    try:
+        bare = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise InputError(
+            f"the model ({type(model).__name__}) cannot be copied by copy.deepcopy, which finding its "
+            f"channels needs: {error}"
+        ) from error
+    for module in list(bare.modules()):
+        if parametrize.is_parametrized(module):
+            _take_off(module)
+    return bare.eval()
+
+
+def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, in the order of the modules; of tied ones the first."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{prefix}.{name}".lstrip("."), tensor
+
+
+def number_attributes(bare: nn.Module, ledger: Ledger) -> None:
+    """Let the integers that modules hold remember their place."""
+    for name, module in bare.named_modules():
+        if type(module).__module__ in _PLAIN:
+            continue
+        for key, value in list(vars(module).items()):
+            if not key.startswith("_modules") and key != "training":
+                path = f"{name}.{key}".lstrip(".")
+                numbered = _numbered(value, path, ledger)
+                if numbered is not value:
+                    vars(module)[key] = numbered
+
+
+def _numbered(value: Any, path: str, ledger: Ledger) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 1:
+        return Width.of_attribute(ledger, int(value), path)
+    if type(value) in (list, tuple) and value and all(isinstance(n, int) for n in value):
+        return type(value)(_numbered(n, f"{path}.{k}", ledger) for k, n in enumerate(value))
+    return value
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty
+
+
+def _take_off(module: nn.Module) -> None:
+    """Replace weights that carry nothing but Lilliput's encodings by plain ones."""
+    stacks: Any = module.parametrizations
+    for name, stack in list(stacks.items()):
+        if all(isinstance(part, Encoding) for part in stack):
+            like = next(stack[0].buffers())
+            original = stack.original
+            weight = torch.empty(like.shape, dtype=original.dtype, device="meta")
+            del stacks[name]
+            vars(module).pop(name, None)
+            module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+    if not len(stacks):
+        del module._modules["parametrizations"]
+        module.__class__ = type(module).__bases__[0]
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]

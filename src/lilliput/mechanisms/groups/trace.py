@@ -1,0 +1,276 @@
+"""What one forward pass says about a network's dims.
+
+:class:`Trace` collects labels of every tensor, what weights do with their dims, which activations
+leaf modules see, and which numbers in the code follow from which dims. The rules (:mod:`.rules`) write
+into it, :mod:`.tracing` drives it, :mod:`.components` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+
+from .classes import Role
+from .labels import Context, Dim, Dims, Labels
+from .widths import Kept, Width, after, leaves
+
+#: How the channels of attention are counted: inside the heads, or the heads themselves.
+Heads = Literal["channels", "whole"]
+
+#: When roles compete for a dim (a tied embedding), the higher one wins.
+_RANK: dict[Role, int] = {"along": 0, "uses": 1, "makes": 2}
+
+
+@dataclass
+class Entry:
+    """One parameter or buffer of the model.
+
+    Attributes:
+        name: dotted; of tied tensors the first.
+        dims: its labels.
+        roles: one a dim.
+    """
+
+    name: str
+    dims: Dims
+    roles: list[Role]
+
+
+class Sighting(NamedTuple):
+    """An activation that a leaf module took in or gave out."""
+
+    module: str
+    side: Literal["input", "output"]
+    call: int
+    position: int
+    dims: Dims
+
+
+class Check(NamedTuple):
+    """Two numbers that must be equal after any removal, for the code to run.
+
+    Attributes:
+        value: what the code asks for.
+        target: labels whose count it should be, or another number of the code.
+        context: where.
+        source: int64 ``(k, len(target))``, labels that would make them equal if equated with the
+            target; None where nothing is known that would.
+    """
+
+    value: int
+    target: Dim | int
+    context: Context
+    source: Dim | None = None
+
+    def fails(self, kept: Kept) -> bool:
+        """Whether the two differ when only some labels are kept."""
+        other = after(self.target, kept) if isinstance(self.target, int) else kept(self.target)
+        return after(self.value, kept) != other
+
+
+@dataclass(eq=False)
+class Trace:
+    """Labels of every tensor of one forward pass, and what operators said about them.
+
+    Attributes:
+        heads: which axis of an attention split carries the channels.
+        outer: numbers of the splits whose outer axis does, found by an earlier trace.
+        labels: the store.
+        entries: parameters and buffers in the order of the model.
+        sightings: activations at leaf modules in the order of the forward pass.
+        checks: relations between numbers of the code and dims.
+        splits: how many dims have been split so far.
+        attention: numbers of the splits that have turned out to be attention heads.
+        unknown: operators without a rule, and how often they came.
+    """
+
+    heads: Heads = "channels"
+    outer: frozenset[int] = frozenset()
+    labels: Labels = field(default_factory=Labels)
+    entries: list[Entry] = field(default_factory=list)
+    sightings: list[Sighting] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    attributes: dict[str, Dim] = field(default_factory=dict)
+    numbers: list[tuple[Width, Context]] = field(default_factory=list)
+    splits: int = 0
+    attention: set[int] = field(default_factory=set)
+    unknown: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._dims: dict[int, Dims] = {}
+        self._alive: list[Tensor] = []  # an id must not be given out twice
+        self._static: set[int] = set()
+        self._modules: list[tuple[str, nn.Module]] = []
+        self._owner: list[int] = []
+        self._calls: dict[str, int] = {}
+
+    # Tensors
+
+    def declare(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Give labels to the model's tensors; must come before anything else."""
+        for name, tensor in named:
+            dims = [self.labels.new(size) for size in tensor.shape]
+            self._owner += [len(self.entries)] * sum(tensor.shape)
+            self.entries.append(Entry(name, dims, ["along"] * len(dims)))
+            self.put(tensor, dims, static=True)
+
+    def put(self, tensor: Tensor, dims: Dims, static: bool = False) -> None:
+        """Remember the labels of a tensor; ``static`` ones are computed from parameters alone."""
+        self._dims[id(tensor)] = dims
+        self._alive.append(tensor)
+        if static:
+            self._static.add(id(tensor))
+
+    def dims(self, tensor: Tensor) -> Dims:
+        """The labels of a tensor; one that was not met before stays as it is."""
+        known = self._dims.get(id(tensor))
+        if known is None:
+            known = [self.labels.still(size) for size in tensor.shape]
+            self.put(tensor, known, static=True)
+        return known
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether the tensor was met before."""
+        return id(tensor) in self._dims
+
+    def is_static(self, tensor: Tensor) -> bool:
+        """Whether the tensor is computed from parameters and constants alone."""
+        return not self.knows(tensor) or id(tensor) in self._static
+
+    def fresh(self, shape: Sequence[int], why: str = "") -> Dims:
+        """Labels that no other tensor has; with a reason, labels that must stay."""
+        dims = [self.labels.new(size) for size in shape]
+        if why:
+            for labels in dims:
+                self.labels.fix(labels, why)
+        return dims
+
+    def mark(self, labels: Dim, role: Role) -> None:
+        """Note what the parameters to which the labels belong do with their channels."""
+        own = labels[(labels > 0) & (labels <= len(self._owner))]
+        if not len(own):
+            return
+        first, last = self._owner[own[0] - 1], self._owner[own[-1] - 1]
+        numbers = {first, last} if first == last else {self._owner[k - 1] for k in own}
+        for number in numbers:
+            entry = self.entries[number]
+            for dim, mine in enumerate(entry.dims):
+                if len(mine) and ((own >= mine[0]) & (own <= mine[-1])).any():
+                    entry.roles[dim] = max(entry.roles[dim], role, key=_RANK.__getitem__)
+
+    # Modules
+
+    @property
+    def module(self) -> str:
+        """The module at work."""
+        return self._modules[-1][0] if self._modules else ""
+
+    @property
+    def owner(self) -> nn.Module | None:
+        """The same, as an object."""
+        return self._modules[-1][1] if self._modules else None
+
+    def enter(self, name: str, module: nn.Module) -> None:
+        """A module begins."""
+        self._modules.append((name, module))
+
+    def leave(self) -> None:
+        """The module at work ends."""
+        self._modules.pop()
+
+    def count_call(self, name: str) -> int:
+        """How many times the module was called before."""
+        self._calls[name] = self._calls.get(name, -1) + 1
+        return self._calls[name]
+
+    def see(self, side: Literal["input", "output"], tensors: Iterable[Tensor]) -> None:
+        """Remember what the leaf module at work takes in or gives out."""
+        call = self._calls[self.module]
+        for position, tensor in enumerate(tensors):
+            self.sightings.append(Sighting(self.module, side, call, position, self.dims(tensor)))
+
+    # Numbers in the code
+
+    def own(self, value: Any) -> Width | None:
+        """The width, if the number remembers its origin and it lies in this trace."""
+        return value if isinstance(value, Width) and value.ledger is self else None
+
+    def require(self, value: int, target: Dim) -> None:
+        """The code gives ``value`` as the size of the dim that has the labels ``target``."""
+        width = self.own(value)
+        if width is None:
+            if self.labels.is_live(target):
+                self.checks.append(Check(value, target, self.labels.context))
+            return
+        source = width.source if width.source is not None else self._follow(width, target)
+        if source is None or source.shape[1] == len(target):
+            self.checks.append(Check(value, target, self.labels.context, source))
+
+    def attribute(self, path: str, value: int, kept: Kept) -> int:
+        """What an attribute will be when only some labels are kept."""
+        return kept(self.attributes[path]) if path in self.attributes else value
+
+    def same(self, left: Width, right: int) -> None:
+        """The code has found two numbers equal, and may rely on it."""
+        if left.ledger is not self:
+            return
+        for one, other in ((left, right), (right, left)):
+            width = self.own(one)
+            if width is not None and width.source is not None and len(width.source) == 1:
+                self.require(other, width.source[0])
+                return
+        self.checks.append(Check(left, right, self.labels.context))
+
+    def number(self, width: Width) -> None:
+        """The code computes a number that is no width from a width, such as a scale."""
+        if width.ledger is self:
+            self.numbers.append((width, self.labels.context))
+
+    def mix_numbers(self) -> None:
+        """Note, at the end, over which labels the numbers of the code are computed."""
+        for width, context in self.numbers:
+            self.labels.context = context
+            for labels in self.labels_of(width):
+                self.labels.mix(labels, "a number computed from the width")
+
+    def labels_of(self, value: int) -> Iterator[Dim]:
+        """The labels from which a number of the code was computed."""
+        for leaf in leaves(value):
+            if leaf.source is not None:
+                yield leaf.source.reshape(-1)
+            elif leaf.path in self.attributes:
+                yield self.attributes[leaf.path]
+
+    def _follow(self, width: Width, target: Dim) -> Dim | None:
+        """Let the attribute in a number follow the target, if it does not follow another dim yet.
+
+        Returns:
+            What would have to be equated with the target, for the number to be right.
+        """
+        attributes = [leaf for leaf in width.leaves if leaf.path]
+        if not attributes:
+            return None
+        largest = max(attributes)
+        size, path = int(largest), largest.path
+        if size % len(target) == 0:
+            known = self.attributes.setdefault(path, np.tile(target, size // len(target)))
+            return known.reshape(-1, len(target)) if len(known) == size else None
+        if len(target) % size == 0:
+            self.attributes.setdefault(path, target[:size])  # whether it is so, the check will say
+        return None
+
+
+def leaf_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules without children; encodings of a weight do not count as children."""
+    for name, module in model.named_modules():
+        if all(child == "parametrizations" for child, _ in module.named_children()):
+            yield name, module
+
+
+def kept_by(keeps: np.ndarray) -> Kept:
+    """Counts of kept labels, given a flag for each label."""
+    return lambda labels: int(keeps[np.maximum(labels, 0)].sum())

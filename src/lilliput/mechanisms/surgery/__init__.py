@@ -1,0 +1,15 @@
+"""Cutting channels out: the only code that changes a shape.
+
+A cut takes away channels with all that belongs to them: rows and columns of parameters, gradients,
+buffers, encodings, optimizer state, and the sizes that modules keep as Python numbers. It checks itself
+where it can, and it is a transaction: whatever goes wrong, the model is bit for bit as it was.
+
+The surprising rule: parameters stay the same objects. An optimizer, tied weights and your own references
+go on as if nothing had happened; only shapes are smaller.
+"""
+
+from .cutting import Cut, cut
+from .plan import Plan, apply_plan, plan_of
+from .transaction import replace, transaction
+
+__all__ = ["Cut", "Plan", "apply_plan", "cut", "plan_of", "replace", "transaction"]

@@ -1,0 +1,267 @@
+"""Which channels of a network are left: enough to thin a fresh instance of its class.
+
+A plan counts from the network as its class builds it, however many cuts led to it. It travels with the
+model (as the plain attribute ``lilliput_plan`` of the root module), with checkpoints and with artifacts.
+
+The surprising rule: a plan from a file is not trusted. Whatever it says, a network is thinned by it
+whole or not at all, and it can only take away.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...errors import CorruptArtifact, ModelMismatch
+from .attributes import set_attributes, set_sizes
+from .tensors import Kept, cut_tensors, refuse, shape_of
+from .transaction import transaction
+
+_ATTRIBUTE = "lilliput_plan"
+#: Indices that a plan in a file may name in all, so that a small file cannot ask for much memory.
+_MOST_INDICES = 1 << 26
+_SET = re.compile(r"(?:([1-9][0-9]{0,8}):)?(?:([1-9][0-9]{0,8})\*)?([A-Za-z0-9+/]+)", re.ASCII)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is left of a network.
+
+    Attributes:
+        kept: tensor -> dim -> the indices that stay, int64, ascending. Names are those of the plain
+            network, without encodings; of tied tensors the first.
+        attributes: integers of modules that are no longer what their class sets.
+        sizes: tensor -> dim -> its size in the whole network, where that is known.
+    """
+
+    kept: Kept = field(repr=False)
+    attributes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[int, int]] = field(default_factory=dict, repr=False)
+
+    def __deepcopy__(self, memo: Any) -> Plan:
+        return self  # nobody changes it
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.as_dict() == other.as_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def then(self, later: Plan) -> Plan:
+        """One plan for this one and another that counts from what this one leaves."""
+        kept = {name: dict(dims) for name, dims in self.kept.items()}
+        for name, dims in later.kept.items():
+            mine = kept.setdefault(name, {})
+            for dim, index in dims.items():
+                mine[dim] = mine[dim][index] if dim in mine else index
+        names = {**self.sizes, **later.sizes}
+        sizes = {n: {**later.sizes.get(n, {}), **self.sizes.get(n, {})} for n in names}
+        return Plan(kept, {**self.attributes, **later.attributes}, sizes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-ready form that is small: each set of indices is written once, as a bitmap."""
+        sets: dict[str, int] = {}
+        tensors = {
+            name: [
+                sets.setdefault(self._text(name, dim), len(sets)) if dim in dims else None
+                for dim in range(max(dims) + 1)
+            ]
+            for name, dims in self.kept.items()
+        }
+        plan: dict[str, Any] = {"sets": list(sets), "tensors": tensors}
+        return plan | ({"attributes": dict(self.attributes)} if self.attributes else {})
+
+    def _text(self, name: str, dim: int) -> str:
+        return _to_text(self.kept[name][dim], self.sizes.get(name, {}).get(dim, 0))
+
+    @classmethod
+    def from_dict(cls, value: Any) -> Plan:
+        """Read what :meth:`as_dict` wrote, with distrust.
+
+        Raises:
+            CorruptArtifact: it is something else.
+        """
+        if not isinstance(value, dict) or not value.keys() <= {"sets", "tensors", "attributes"}:
+            raise _corrupt(f"it is {value!r:.60}")
+        texts, tensors = value.get("sets"), value.get("tensors")
+        attributes = value.get("attributes", {})
+        if not isinstance(texts, list) or not isinstance(tensors, dict):
+            raise _corrupt("its sets or its tensors are missing")
+        if not isinstance(attributes, dict) or not all(type(v) is int for v in attributes.values()):
+            raise _corrupt(f"its attributes are {attributes!r:.60}")
+        sets = _from_texts(texts)
+        chosen = {name: _dims(name, row, sets) for name, row in tensors.items()}
+        kept = {n: {dim: index for dim, (index, _) in dims.items()} for n, dims in chosen.items()}
+        sizes = {
+            n: {d: size for d, (_, size) in dims.items() if size} for n, dims in chosen.items()
+        }
+        return cls(kept, attributes, sizes)
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """What is left of the model since its class built it; None for a whole one.
+
+    Example:
+        >>> plan_of(nn.Linear(2, 2)) is None
+        True
+    """
+    plan = vars(model).get(_ATTRIBUTE)
+    return plan if isinstance(plan, Plan) else None
+
+
+def remember(model: nn.Module, plan: Plan) -> None:
+    """Let the model carry a plan."""
+    setattr(model, _ATTRIBUTE, plan)
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Thin a fresh network, or one that was thinned by a part of the plan, as another one was.
+
+    Encodings are cut along; what the tensors hold afterwards is a part of what they held.
+
+    Args:
+        model: an instance of the class of the network that the plan was made on.
+        plan: what is to be left.
+
+    Raises:
+        ModelMismatch: the plan does not fit the model, which is as it was.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        >>> rows = {0: np.array([0, 2])}
+        >>> apply_plan(net, Plan({"0.weight": rows, "0.bias": rows, "1.weight": {1: rows[0]}}))
+        >>> net
+        Sequential(
+          (0): Linear(in_features=4, out_features=2, bias=True)
+          (1): Linear(in_features=2, out_features=2, bias=True)
+        )
+    """
+    refuse(model, None)
+    with transaction(model), torch.inference_mode(False):
+        todo, done = _still_to_do(model, plan), plan_of(model)
+        perform(model, todo, None)
+        remember(model, todo if done is None else done.then(todo))
+
+
+def perform(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None) -> None:
+    """Cut tensors and correct the numbers of their modules; call it inside a transaction.
+
+    Raises:
+        ModelMismatch: the plan does not fit.
+        SurgeryFailed: a tensor or a layer cannot be cut.
+    """
+    _check_fit(model, plan.kept)
+    cut_tensors(model, plan.kept, optimizer)
+    set_attributes(model, plan.attributes)
+    set_sizes(model, (name.rpartition(".")[0] for name in plan.kept))
+
+
+def _check_fit(model: nn.Module, kept: Kept) -> None:
+    for name, dims in kept.items():
+        shape = shape_of(model, name)
+        for dim, index in dims.items():
+            if not 0 <= dim < len(shape) or len(index) == 0 or index[-1] >= shape[dim]:
+                raise ModelMismatch(
+                    f"{name} has the shape {tuple(shape)} in {type(model).__name__}, and of its dim "
+                    f"{dim} {len(index)} indices up to {index.max(initial=0)} should be kept: the "
+                    "channels to remove are those of another network."
+                )
+
+
+def _still_to_do(model: nn.Module, plan: Plan) -> Plan:
+    """The plan, counted from the model as it is now."""
+    done = plan_of(model) or Plan({})
+    for name, dims in done.kept.items():
+        if not dims.keys() <= plan.kept.get(name, {}).keys():
+            raise _thinner(model, name)
+    kept: dict[str, dict[int, np.ndarray]] = {}
+    sizes: dict[str, dict[int, int]] = {}
+    for name, dims in plan.kept.items():
+        shape = shape_of(model, name)
+        sizes[name] = dict(enumerate(shape))
+        before = done.kept.get(name, {})
+        whole = {**sizes[name], **done.sizes.get(name, {})}
+        for dim, size in plan.sizes.get(name, {}).items():
+            if whole.get(dim) != size:
+                raise ModelMismatch(
+                    f"{name} has {whole.get(dim)} of {size} indices in dim {dim} in this "
+                    f"{type(model).__name__}: it was not built as the network that the plan thins."
+                )
+        kept[name] = {d: _within(model, name, before.get(d), index) for d, index in dims.items()}
+    return Plan(kept, plan.attributes, sizes)
+
+
+def _within(model: nn.Module, name: str, done: np.ndarray | None, kept: np.ndarray) -> np.ndarray:
+    if done is None:
+        return kept
+    places = np.searchsorted(done, kept)
+    if places[-1] >= len(done) or not np.array_equal(done[places], kept):
+        raise _thinner(model, name)
+    return places
+
+
+def _thinner(model: nn.Module, name: str) -> ModelMismatch:
+    return ModelMismatch(
+        f"this {type(model).__name__} has already lost channels of {name} that the plan keeps: give a "
+        "fresh instance of its class."
+    )
+
+
+def _to_text(kept: np.ndarray, size: int) -> str:
+    """``size:run*bitmap``: a bitmap in base64 of runs of equal bits, which is short after a flatten."""
+    bits = np.zeros(size or int(kept[-1]) + 1, bool)
+    bits[kept] = True
+    run = int(np.gcd.reduce([*(np.flatnonzero(np.diff(bits)) + 1), len(bits)]))
+    text = base64.b64encode(np.packbits(bits[::run]).tobytes()).decode().rstrip("=")
+    return (f"{size}:" if size else "") + (f"{run}*" if run > 1 else "") + text
+
+
+def _from_texts(texts: list[Any]) -> list[tuple[np.ndarray, int]]:
+    """The indices of each set, and the size of its dim where that is known."""
+    sets, room = [], _MOST_INDICES
+    for text in texts:
+        found = _SET.fullmatch(text) if isinstance(text, str) else None
+        if found is None:
+            raise _corrupt(f"a set of indices is {text!r:.40}")
+        size, run, bitmap = int(found[1] or 0), int(found[2] or 1), found[3]
+        room -= run * 8 * len(bitmap)
+        if room < 0:
+            raise _corrupt("it names more indices than any network has")
+        index = np.flatnonzero(np.repeat(_bits(bitmap), run))
+        if len(index) == 0 or (size and index[-1] >= size):
+            raise _corrupt(f"a set of indices is empty or too long: {text!r:.40}")
+        sets.append((index, size))
+    return sets
+
+
+def _bits(bitmap: str) -> np.ndarray:
+    try:
+        data = base64.b64decode(bitmap + "=" * (-len(bitmap) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _corrupt(f"a set of indices is no base64: {bitmap!r:.40}") from error
+    return np.unpackbits(np.frombuffer(data, np.uint8))
+
+
+def _dims(
+    name: str, row: Any, sets: list[tuple[np.ndarray, int]]
+) -> dict[int, tuple[np.ndarray, int]]:
+    if not isinstance(row, list) or not row or len(row) > 16:
+        raise _corrupt(f"the dims of {name!r} are {row!r:.40}")
+    for number in row:
+        if number is not None and (type(number) is not int or not 0 <= number < len(sets)):
+            raise _corrupt(f"{name!r} has the set {number!r:.40} of {len(sets)}")
+    return {dim: sets[number] for dim, number in enumerate(row) if number is not None}
+
+
+def _corrupt(what: str) -> CorruptArtifact:
+    return CorruptArtifact(
+        f"the plan of the network's channels is broken: {what}. Get the file again from its source, or "
+        "save the model again."
+    )
