@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("network", choices=sorted(WEIGHTS))
     parser.add_argument("--only", default="", help="part of a row's name")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--jobs", type=int, default=1, help="rows at the same time")
     parser.add_argument("--work", type=Path, default=Path("runs/channels"))
     parser.add_argument("--table", action="store_true", help="run nothing, print the table")

@@ -186,6 +186,17 @@ def test_profile_of_an_input_shape() -> None:
     assert "2,293,000" in typed("profile", "lenet_5", "--input", "1,1,28,28").out
 
 
+def test_profile_shows_which_channels_may_go_and_why_others_may_not() -> None:
+    channels = typed("profile", "lenet_5", "--input", "1,1,28,28", "--json").json["channels"]
+    assert [(g["group"], g["channels"]) for g in channels["groups"]] == [
+        ("conv1", 20), ("conv2", 50), ("fc1", 500),
+    ]  # fmt: skip
+    assert "output" in channels["unprunable"]["fc2.weight dim 0"]
+    printed = typed("profile", "lenet_5", "--input", "1,1,28,28").out
+    assert "channels of" in printed
+    assert "fc2.weight dim 0" in printed
+
+
 def test_sensitivity_is_printed_and_saved(done: tuple[Path, Answer], tmp_path: Path) -> None:
     home, _ = done
     weights, out = home / "stages" / "0-train.safetensors", tmp_path / "sensitivity.json"

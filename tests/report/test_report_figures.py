@@ -77,6 +77,22 @@ def test_kept_by_layer(make_run: Any) -> None:
     assert list(kept) == [40.0]  # 16 of 40
 
 
+def test_width_by_layer_spans_all_stages(make_run: Any) -> None:
+    home = make_run()
+    assert read_run(home).widths == {}
+
+    def cut(before: int, after: int) -> list[dict[str, Any]]:
+        return [{"where": "fc", "what": "channels", "before": before, "after": after,
+                 "method": "filter_l1", "note": ""}]  # fmt: skip
+
+    (home / "changes.json").write_text(json.dumps([cut(40, 20), cut(20, 16)]))
+    run = read_run(home)
+    assert run.widths == {"fc": (40, 16)}
+    drawing = figures.width_by_layer(run).drawing
+    assert [list(trace.x) for trace in drawing.data if trace.type == "bar"] == [[40], [16]]
+    assert "Width by layer" in [figure.title for figure in figures.run_figures(run, [])]
+
+
 def test_score_against_bytes(make_run: Any) -> None:
     runs = read_runs([make_run("a"), make_run("b", baseline_score=99.0)])
     drawing = figures.score_against_bytes(runs).drawing

@@ -1,4 +1,4 @@
-"""``lilliput profile``: what a network costs, and which layers bear to be compressed.
+"""``lilliput profile``: what a network costs, which channels may go, which layers bear compression.
 
 The surprising rule: the figures are those of one sample. MACs, memory, energy and latency need
 inputs, which come from a task, from ``--input``, or from the recipe that a compressed file carries.
@@ -21,6 +21,7 @@ from ..core.task import Task
 from ..engine.recipes import build_model, build_task
 from ..errors import InputError
 from ..measure import HOROWITZ_45NM, Macs, Size, measure, size
+from ..mechanisms.groups import find_groups
 from ._print import columns, note, print_json, print_text
 
 
@@ -104,7 +105,24 @@ def _figures(model: nn.Module, inputs: Any) -> dict[str, Any]:
         }
     taken = measure(model, inputs, also=("latency", "memory", "energy"))
     figures = {**taken.as_dict(), "energy_source": HOROWITZ_45NM.source}
-    return {**figures, "layers": _layers(taken.size, taken.macs)}
+    return {
+        **figures,
+        "layers": _layers(taken.size, taken.macs),
+        "channels": _channels(model, inputs),
+    }
+
+
+def _channels(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    """Which channels can be removed together, and why others cannot."""
+    try:
+        found = find_groups(model, inputs)
+    except InputError as error:  # the network's other figures are worth having
+        return {"groups": [], "unprunable": {"all": str(error)}}
+    groups = [
+        {"group": group.name, "channels": group.channels, "layers": list(group.layers)}
+        for group in found.groups
+    ]
+    return {"groups": groups, "unprunable": found.unprunable}
 
 
 def _layers(held: Size, work: Macs | None) -> list[dict[str, Any]]:
@@ -140,6 +158,8 @@ def _scan(model: nn.Module, task: Task | None, save: Path | None) -> dict[str, A
 
 def _render(content: dict[str, Any]) -> str:
     parts = [columns(_summary(content)), _layer_table(content)]
+    if "channels" in content:
+        parts += _channel_tables(**content["channels"])
     if "macs" not in content:
         parts.append("MACs, memory, energy and latency need --task NAME or --input 1,3,224,224.")
     if "sensitivity" in content:
@@ -178,6 +198,15 @@ def _layer_table(content: dict[str, Any]) -> str:
         for layer in content["layers"]
     ]
     return columns([("layer", "parameters", "non-zeros", "MACs"), *rows], right=(1, 2, 3))
+
+
+def _channel_tables(groups: list[dict[str, Any]], unprunable: dict[str, str]) -> list[str]:
+    """A row for each group of channels, and a row for each dim whose channels must stay."""
+    rows = [(g["group"], f"{g['channels']:,}", ", ".join(g["layers"])) for g in groups]
+    parts = [columns([("channels of", "count", "made by"), *rows], right=(1,))] if rows else []
+    if unprunable:
+        parts.append(columns([("channels that stay", "because"), *unprunable.items()]))
+    return parts
 
 
 def _scan_table(scan: dict[str, Any]) -> str:

@@ -19,7 +19,8 @@ from ..engine.outcome import Result
 from ..engine.progress import TensorBoard, Watcher, watcher
 from ..engine.recipes import load_recipe
 from ..errors import MissingDependency
-from ._print import leads, note, print_json, print_text
+from ..report.read import read_run
+from ._print import columns, leads, note, print_json, print_text
 
 EXPECTATION_FAILED = 3
 
@@ -97,8 +98,17 @@ def _show(result: Result, report: Path | None, json: bool) -> None:
     elif leads():
         wide = None if sys.stdout.isatty() else 120
         Console(width=wide).print(result.table())
+        _show_widths(result.directory)
         print_text(f"compressed file  {result.artifact} ({result.figures['bytes']:,} bytes)")
         print_text(f"report           {report or 'none'}")
+
+
+def _show_widths(directory: Path) -> None:
+    """The layers that lost channels, where a method removed any."""
+    widths = read_run(directory).widths
+    if widths:
+        rows = [(name, f"{before:,}", f"{after:,}") for name, (before, after) in widths.items()]
+        print_text(columns([("layer", "channels before", "after"), *rows], right=(1, 2)) + "\n")
 
 
 def _verdict(conditions: list[dict[str, Any]]) -> int:

@@ -7,11 +7,11 @@ for color-blind readers, and symbols or dashes say again what colors say.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
-from itertools import accumulate
 from typing import Any
 
 from ..core.optional import optional
@@ -55,6 +55,8 @@ def run_figures(run: RunData, layers: Sequence[LayerWeights]) -> list[Figure]:
         kept_by_layer(run),
         bytes_by_layer(run),
     ]
+    if run.widths:
+        figures.insert(2, width_by_layer(run))
     if run.metrics:
         figures.append(training_curves(run))
     if layers:
@@ -136,6 +138,28 @@ def bytes_by_layer(run: RunData) -> Figure:
     )
 
 
+def width_by_layer(run: RunData) -> Figure:
+    """Channels of each layer that became thinner, before the first stage and after the last."""
+    thinner = dict(itertools.islice(run.widths.items(), _MOST_LAYERS))
+    left_out = len(run.widths) - len(thinner)
+    rows = list(range(len(thinner)))
+    before, after = zip(*thinner.values(), strict=True)
+    drawing = _bars(len(rows), "channels", [_text(_shortened(name)) for name in thinner])
+    drawing.add_trace(_bar(before, rows, "before", _FAINT))
+    drawing.add_trace(_bar(after, rows, "after", COLORS[0]))
+    drawing.update_layout(
+        barmode="overlay", showlegend=False, margin_t=8, height=92 + _ROW * len(rows)
+    )
+    words = [f"{count(now)} of {count(then)}" for then, now in thinner.values()]
+    _label_bars(drawing, before, rows, words)
+    return Figure(
+        "Width by layer",
+        "Channels that are left after the last stage, of those before the first."
+        + (f" {left_out} more layers are thinner too." if left_out else ""),
+        drawing,
+    )
+
+
 def kept_by_layer(run: RunData) -> Figure:
     """Per cent of each layer's weights that are not zero after the last stage."""
     layers = largest_layers(run, _MOST_LAYERS)
@@ -164,7 +188,7 @@ def kept_by_layer(run: RunData) -> Figure:
 def training_curves(run: RunData) -> Figure:
     """Loss terms and validation score over the epochs of all stages."""
     lengths = [_epochs(run, number) for number in range(len(run.stages))]
-    starts = [0, *accumulate(lengths)]
+    starts = [0, *itertools.accumulate(lengths)]
     terms = _columns(run.metrics)
     losses = [name for name in terms if name.startswith("loss")]
     others = [name for name in terms if name not in losses and name != "validation"]

@@ -6,6 +6,7 @@ moved or copied, so stages' artifacts are looked for below the directory that wa
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -52,6 +53,16 @@ class RunData:
         """The figures of each stage, in order."""
         stages: list[dict[str, Any]] = self.figures["stages"]
         return stages
+
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Channels of each layer that lost some: before the first stage and after the last."""
+        found: dict[str, tuple[int, int]] = {}
+        for change in itertools.chain.from_iterable(self.changes):
+            if change["what"] == "channels":
+                before, _ = found.get(change["where"], (change["before"], 0))
+                found[change["where"]] = before, change["after"]
+        return found
 
     def artifact(self, stage: int) -> Path | None:
         """The file that a stage wrote (-1: the last); None where it is no longer there."""
