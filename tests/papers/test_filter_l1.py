@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from lilliput.measure.sensitivity import Row, Sensitivity
 from lilliput.mechanisms.budget import Budget
 from lilliput.mechanisms.groups import find_groups
 from lilliput.mechanisms.surgery import plan_of
+from lilliput.methods.prune import _channels
 from lilliput.methods.prune.filter_l1 import (
     FilterL1,
     filter_sensitivity,
@@ -252,6 +256,55 @@ def test_budget_is_met(quantity: str, scope: Any) -> None:
         return known[quantity] if quantity in known else macs(model, X[:1]).total
 
     assert 0.45 * cost(net) < cost(thin) <= 0.5 * cost(net)
+
+
+def test_attention_meets_a_budget_in_macs() -> None:
+    """Its multiplications of activations with each other are not proportional to any weight."""
+    layer = nn.TransformerEncoderLayer(48, 2, 64, batch_first=True)
+    net = nn.Sequential(nn.Linear(6, 48), layer, nn.Linear(48, CLASSES))
+    tokens = torch.randn(1, 64, 6)
+    thin, _ = one_shot(FilterL1(budget={"macs": 0.5}, round_to=1), net, tokens)
+    assert 0.45 < macs(thin, tokens).total / macs(net, tokens).total <= 0.5
+
+
+def test_what_a_latency_led_to_is_kept(tmp_path: Path) -> None:
+    """Times are never the same twice, and a run that goes on must come to the same widths."""
+    widths = []
+    for kept_widths in (None, [16] * 3):
+        if kept_widths:
+            next(tmp_path.glob("widths-*.json")).write_text(json.dumps(kept_widths))
+        net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+        data = [(torch.randn(4, 64), torch.zeros(4, dtype=torch.long))]
+        task = Task(data, data, None, nn.functional.cross_entropy, lilliput.accuracy)
+        method = FilterL1(budget={"latency": 1.0}, at_least=8)
+        run = Run(net, task, original=copy.deepcopy(net), methods=[method], directory=tmp_path)
+        with contextlib.suppress(NothingChanged):  # at first nothing has to become faster
+            method.attach(run)
+        widths.append([layer.out_features for layer in net])
+    assert widths[1] == [16, 16, 16, 64]
+
+
+def test_several_processes_cannot_follow_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_channels, "_processes", lambda: 2)
+    with pytest.raises(InputError, match="several processes"):
+        one_shot(FilterL1(keep=0.5, rounds=2), Residual(), X)
+    with pytest.raises(InputError, match="same time"):
+        one_shot(FilterL1(budget={"latency": 0.5}), Residual(), X)
+    one_shot(FilterL1(keep=0.5, round_to=1), Residual(), X)  # before they train, all cut the same
+
+
+def test_folded_constants_are_told() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    with torch.no_grad():
+        net[0].weight[[1, 4]] = 0
+        net[0].bias[[1, 4]] = 0.7
+    x = torch.randn(16, 5).double()
+    method = FilterL1(keep=0.75, round_to=1, fold="constant")
+    thin, run = one_shot(method, net, x)
+    torch.testing.assert_close(thin(x), net(x))
+    assert ("2.bias", "constants folded", 2) in [
+        (c.where, c.what, c.after) for c in method.finish(run)
+    ]
 
 
 def test_global_scope_gives_layers_different_widths() -> None:

@@ -248,7 +248,7 @@ def test_what_cannot_be_merged_stays_whole() -> None:
             return out
 
     _, changes = merge(Residual().double(), X, keep=0.5)
-    assert changes == [("inner", 12, 6)]
+    assert changes == [("inner", 12, 6), ("start", 12, 12)]
 
 
 def test_a_later_layer_is_merged_as_the_earlier_one_has_left_it() -> None:
@@ -323,3 +323,8 @@ def test_exactly_one_amount() -> None:
             NeuronMerging(**settings_)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="surgery"):
         NeuronMerging(keep=0.5, fold="constant")
+
+
+def test_a_count_for_layers_that_are_not_there() -> None:
+    with pytest.raises(NothingMatched, match=r"no pattern of count.*nowhere"):
+        merge(mlp(), X, count={"nowhere": 3})

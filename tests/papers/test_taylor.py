@@ -7,6 +7,7 @@ import gc
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -348,6 +349,36 @@ def test_greedy_without_training_goes_to_the_target() -> None:
     assert len(result.model[0].weight) + len(result.model[3].weight) == 20
 
 
+@dataclass
+class Stop(Watcher):
+    """Ends the process at a step, as Ctrl-C does."""
+
+    step: int
+
+    def step_done(self, run: Run) -> None:
+        if run.step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_resumed_between_two_removals(tmp_path: Path) -> None:
+    """What the gradients have added up to since the last removal survives."""
+    train = Train(epochs=4, lr=0.01, checkpoint_minutes=1e-9)
+    stage = Stage(methods=[Taylor(keep=0.6, channels=2, every=3, round_to=1)], train=train)
+
+    def compress(name: str, *watchers: Watcher) -> dict[str, Tensor]:
+        folder = tmp_path / name
+        result = lilliput.compress(
+            MLP.build(), MLP.task(), [stage], directory=folder, watchers=watchers
+        )
+        return result.model.state_dict()
+
+    expected = compress("undisturbed")
+    with pytest.raises(KeyboardInterrupt):
+        compress("resumed", Stop(8))
+    resumed = compress("resumed")
+    assert all(torch.equal(expected[name], value) for name, value in resumed.items())
+
+
 def test_gradients_of_training_are_those_of_calibration() -> None:
     """One step at a rate of almost 0, in which nothing is random, sees what calibration sees."""
     model, data = branched(), batches(2, 6, 6)
@@ -462,11 +493,23 @@ def test_hooks_go_with_a_run_that_failed() -> None:
 def test_attention_is_left_whole_and_said() -> None:
     """Fused attention reads the stream of width 8 where nothing can watch it."""
     for settings in ({"layers": "embed"}, {"layers": ["embed", "*linear1"]}, {"layers": "emb*"}):
-        with pytest.raises(NothingMatched, match="channels of embed .* no activation"):
+        with pytest.raises(NothingMatched, match=r"channels of embed .* no activation"):
             method = Taylor(**settings, keep=0.5)
             lilliput.compress(TRANSFORMER.build(), TRANSFORMER.task(), [method])
     by_weight = Taylor(layers="embed", keep=0.5, round_to=2, criterion="weight_gradient")
     assert lilliput.compress(TRANSFORMER.build(), TRANSFORMER.task(), [by_weight]).model
+
+
+def test_a_branch_that_the_loss_does_not_hear_is_refused() -> None:
+    class Bypassed(Branched):
+        def forward(self, x: Tensor) -> Tensor:
+            stem = F.max_pool2d(F.relu(self.stem(x)), 2)
+            summed = F.relu(stem + self.outer(F.relu(self.inner(stem))).detach())
+            return self.head(torch.cat([F.relu(self.left(stem)), summed], 1).flatten(1))
+
+    data = batches(2, 6, 6)
+    with pytest.raises(InputError, match="no gradient came through the channels of inner"):
+        scores(Bypassed().double(), data)
 
 
 @pytest.mark.parametrize(

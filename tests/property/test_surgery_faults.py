@@ -249,7 +249,7 @@ def test_a_fault_at_any_step_leaves_everything_as_it_was(name: str, optimizer_na
 widths = st.lists(st.integers(2, 9), min_size=1, max_size=4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(widths, st.integers(0, 2**31), st.booleans())
 def test_several_cuts_are_one_plan(widths: list[int], seed: int, encoded: bool) -> None:
     """A chain of layers, cut three times at random: equal to silencing, to the plan and its JSON."""

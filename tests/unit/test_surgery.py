@@ -789,6 +789,33 @@ def test_models_that_cannot_be_cut_are_refused() -> None:
         cut(scripted, groups, gone)
 
 
+def test_a_sparse_tensor_is_refused_only_where_it_would_be_cut() -> None:
+    net, groups, x = mlp()
+    net.register_buffer("graph", torch.eye(3).to_sparse())
+    with pytest.raises(SurgeryFailed), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cut(net, groups, REMOVAL, inputs=x, edit=lambda model: 1 / 0)
+    assert net.graph.to_dense().equal(torch.eye(3)) and net[0].weight.shape == (8, 5)
+    cut(net, groups, REMOVAL, inputs=x)
+    net[4].weight = nn.Parameter(net[4].weight.detach().to_sparse())
+    last = group(5, ("2.weight", 0, "makes"), ("2.bias", 0, "along"), ("4.weight", 1, "uses"))
+    with pytest.raises(InputError, match="to_dense"):
+        cut(net, ByHand((last,)), {0: np.array([0])})
+    assert net[2].weight.shape == (5, 6)
+
+
+def test_a_tensor_of_another_class_is_refused(untouched: Callable[..., None]) -> None:
+    class Sharded(torch.Tensor):
+        pass
+
+    net, groups, _ = mlp()
+    net[2].register_buffer("scale", torch.ones(6).as_subclass(Sharded))
+    members = (*groups.groups[1].members, Member("2.scale", 0, "along", np.arange(6)[:, None]))
+    untouched(net)
+    with pytest.raises(InputError, match="Sharded"):
+        cut(net, ByHand((Group(6, members),)), {0: np.array([0])})
+
+
 def test_a_data_parallel_wrapper_is_refused(tmp_path: Any) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1

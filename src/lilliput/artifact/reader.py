@@ -354,10 +354,12 @@ def _chunk_weights(entry: Entry, at: int) -> int:
 
 def _place(decoded: Decoded, out: np.ndarray, lookup: _Lookup) -> None:
     """Write the values of a chunk into `out`, which holds zeros."""
-    symbols = decoded.symbols if isinstance(decoded, Sparse) else decoded
-    if isinstance(decoded, Sparse) and (zero := lookup(np.zeros(1, symbols.dtype))[0]) != 0:
-        out.fill(zero)
-    for start in range(0, len(symbols), BLOCK):
+    if isinstance(decoded, Sparse):
+        if (zero := lookup(np.zeros(1, decoded.symbols.dtype))[0]) != 0:
+            out.fill(zero)
+        for positions, symbols in decoded.blocks():
+            out[positions] = lookup(symbols)
+        return
+    for start in range(0, len(decoded), BLOCK):
         part = slice(start, start + BLOCK)
-        where = decoded.positions[part] if isinstance(decoded, Sparse) else part
-        out[where] = lookup(symbols[part])
+        out[part] = lookup(decoded[part])

@@ -36,6 +36,8 @@ from ..core.task import answer, explain_mismatch
 from ..core.types import Batch
 from ..errors import Diverged, InputError, ModelMismatch
 from ..mechanisms.encodings import reapply, stored_masks
+from ..mechanisms.surgery import plan_of
+from . import distributed
 from .optim import rate, set_rate
 
 
@@ -102,6 +104,7 @@ class Loop:
     def __post_init__(self) -> None:
         # Masks of earlier stages too: their zeros must survive whatever trains now.
         self.masks = stored_masks(self.run.model)
+        self._channels = plan_of(self.run.model)
 
     def step(self, batch: Batch) -> None:
         """One batch, from ``before_step`` to ``after_step``."""
@@ -112,6 +115,7 @@ class Loop:
             set_rate(run.optimizer, rate(self.train, run.progress))
         for hook in self.hooks.before_step:
             hook(run)
+        self._follow_surgery()
         loss = self.hooks.drive(run) if self.hooks.drive else self._forward_and_backward()
         self._check_finite(loss)
         run.step += 1
@@ -122,6 +126,12 @@ class Loop:
         self.tally.add({"loss": loss, **run.logged})
         run.logged.clear()
         self.inside_step = False
+
+    def _follow_surgery(self) -> None:
+        """Wrap the network anew when channels were cut: a wrapper shares gradients of fixed shapes."""
+        channels = plan_of(self.run.model)
+        if channels is not self._channels:
+            self.network, self._channels = distributed.wrap(self.run.model), channels
 
     def _forward_and_backward(self) -> Tensor:
         run, optimizer = self.run, self.run.optimizer

@@ -66,8 +66,10 @@ class Correlation:
         return float(np.mean(defined)) if defined else float("nan")
 
     def as_dict(self) -> dict[str, Any]:
-        """A JSON-ready form."""
-        return {**asdict(self), "mean": self.mean}
+        """A JSON-ready form; what is not defined is None."""
+        found = {**asdict(self), "mean": self.mean}
+        rows = [{k: _defined(v) for k, v in row.items()} for row in found["layers"]]
+        return {k: _defined(v) for k, v in found.items()} | {"layers": rows}
 
 
 @torch.no_grad()
@@ -174,6 +176,10 @@ def _slice(probe: nn.Module, member: Member, channel: int) -> tuple[Tensor, tupl
     tensor: Tensor = getattr(probe.get_submodule(layer), name)
     rows = torch.from_numpy(member.index[channel]).to(tensor.device)
     return tensor, (*[slice(None)] * member.dim, rows)
+
+
+def _defined(value: Any) -> Any:
+    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def _spearman(scores: np.ndarray, truth: np.ndarray) -> float:

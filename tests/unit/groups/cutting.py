@@ -11,7 +11,7 @@ from torch import nn
 
 from lilliput.core.task import call
 from lilliput.mechanisms.groups import Group, Groups
-from lilliput.mechanisms.groups.attributes import set_attribute
+from lilliput.mechanisms.surgery.attributes import set_attributes
 
 Removal = dict[int, np.ndarray]
 
@@ -41,8 +41,7 @@ def cut(model: nn.Module, groups: Groups, removal: Removal) -> nn.Module:
         tensor = tensors[name]
         kept = np.setdiff1d(np.arange(tensor.shape[dim]), indices)
         tensor.data = tensor.data.index_select(dim, torch.from_numpy(kept)).contiguous()
-    for path, value in groups.attributes(removal).items():
-        set_attribute(thin, path, value)
+    set_attributes(thin, groups.attributes(removal))
     for module in thin.modules():
         settle(module)
     return thin

@@ -61,10 +61,8 @@ class DeepCompression:
         if entries > count or width > WIDEST:
             raise CorruptArtifact(f"{entries} entries, {width}-bit index, in {count} weights.")
         gaps = huffman.decode(data, entries) if width else np.zeros(entries, np.uint8)
-        where = positions(gaps)
-        if entries and where[-1] >= count:
-            raise CorruptArtifact(f"position {where[-1]} lies beyond {count} weights.")
-        return Sparse(where, join_planes([huffman.decode(data, entries) for _ in range(itemsize)]))
+        symbols = join_planes([huffman.decode(data, entries) for _ in range(itemsize)])
+        return Sparse(np.add(gaps, 1, dtype=np.uint16), symbols, count)
 
 
 def relative_index(symbols: Symbols, index_bits: int) -> tuple[NDArray[np.uint8], Symbols]:
@@ -84,16 +82,6 @@ def relative_index(symbols: Symbols, index_bits: int) -> tuple[NDArray[np.uint8]
     gaps[ends] = runs & ((1 << index_bits) - 1)
     entries[ends] = symbols[where]
     return gaps, entries
-
-
-def positions(gaps: NDArray[np.unsignedinteger]) -> NDArray[np.int64]:
-    """Where the entries of a relative index lie: cumsum(gap + 1) - 1.
-
-    Example:
-        >>> positions(np.array([1, 3, 1], np.uint8)).tolist()
-        [1, 5, 7]
-    """
-    return np.cumsum(gaps.astype(np.int64) + 1) - 1
 
 
 def best_index_bits(symbols: Symbols) -> int:

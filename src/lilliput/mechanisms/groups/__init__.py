@@ -10,6 +10,7 @@ pruning, and :attr:`Groups.unprunable` says which and why, but nothing is ever c
 """
 
 from .classes import Group, Groups, Member, Site
+from .export import exported
 from .finding import find_groups
 
-__all__ = ["Group", "Groups", "Member", "Site", "find_groups"]
+__all__ = ["Group", "Groups", "Member", "Site", "exported", "find_groups"]

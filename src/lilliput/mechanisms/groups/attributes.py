@@ -7,15 +7,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-from torch import nn
 
 from .components import Assembly
 from .labels import Solution
 from .trace import Check, Trace, kept_by
-from .widths import Kept
 
 
 class Attributes:
@@ -30,9 +27,7 @@ class Attributes:
     def __init__(self, trace: Trace, solution: Solution, assembly: Assembly) -> None:
         self._solution, self._assembly = solution, assembly
         self._targets = {
-            path: labels
-            for path, labels in trace.attributes.items()
-            if solution.live(labels).any()
+            path: labels for path, labels in trace.attributes.items() if solution.live(labels).any()
         }
 
     def after(self, removal: Mapping[int, np.ndarray]) -> dict[str, int]:
@@ -55,11 +50,14 @@ class Attributes:
         return keeps
 
 
-def settle(trace: Trace) -> Solution:
+def settle(trace: Trace) -> tuple[Solution, list[str]]:
     """Solve, and make sure that the numbers in the code will be right after any removal.
 
     Where a number would not follow by itself, the dims are equated between which it mediates; whole
     dims first, since parts of them then often follow. What is still wrong must stay.
+
+    Returns:
+        The components, and where numbers in the code hold channels in place.
     """
     solution = trace.labels.solve()
     for parts in (False, True):
@@ -69,15 +67,16 @@ def settle(trace: Trace) -> Solution:
             if check.source is not None and (len(check.source) > 1) == parts
         ]
         for check in wrong:
-            trace.labels.context = check.context
-            trace.labels.equate(check.source, np.atleast_2d(check.target))
+            trace.equate(check)
         solution = trace.labels.solve() if wrong else solution
-    checks = trace.checks
+    checks, held = trace.checks, []
     while wrong := _failing(checks, solution):
         for check in wrong:
             _fix(trace, solution, check)
-        checks = [check for check in checks if check not in wrong]
-    return solution
+            held.append(f"{int(check.value)} in {check.context}")
+        done = {id(check) for check in wrong}
+        checks = [check for check in checks if id(check) not in done]
+    return solution, list(dict.fromkeys(held))
 
 
 def _failing(checks: list[Check], solution: Solution) -> list[Check]:
@@ -87,9 +86,7 @@ def _failing(checks: list[Check], solution: Solution) -> list[Check]:
     return [check for check in checks if any(check.fails(kept) for kept in draws)]
 
 
-def _random_keeps(
-    solution: Solution, keep: float, generator: np.random.Generator
-) -> np.ndarray:
+def _random_keeps(solution: Solution, keep: float, generator: np.random.Generator) -> np.ndarray:
     components = solution.fixed | (generator.random(len(solution.fixed)) < keep)
     keeps: np.ndarray = components[solution.of]
     return keeps
@@ -104,27 +101,3 @@ def _fix(trace: Trace, solution: Solution, check: Check) -> None:
         dims.append(check.target)
     for labels in dims:
         solution.fix(labels, why, check.context)
-
-
-def set_attribute(model: nn.Module, path: str, value: int) -> None:
-    """Set an integer that a module holds, also inside a list or tuple.
-
-    Args:
-        model: the root.
-        path: as in :meth:`Attributes.after`.
-        value: the integer.
-    """
-    parts = path.split(".")
-    holder: Any = model
-    for depth, part in enumerate(parts[:-1]):
-        inner = getattr(holder, part)
-        if isinstance(inner, list | tuple) and depth == len(parts) - 2:
-            items = list(inner)
-            items[int(parts[-1])] = value
-            setattr(holder, part, type(inner)(items))
-            return
-        holder = inner
-    setattr(holder, parts[-1], value)
-
-
-__all__ = ["Attributes", "Kept", "set_attribute", "settle"]

@@ -109,11 +109,14 @@ class Groups:
         groups: in the order of the first layer that makes them.
         unprunable: ``"layer.weight dim 0"`` -> why its channels must stay, for dims that a weight makes.
         numbers: the integers of the code that follow from widths.
+        constants: where a number in the code holds channels in place; :func:`.exported` would let
+            them go, at the price that the network becomes a graph.
     """
 
     groups: tuple[Group, ...]
     unprunable: dict[str, str] = field(default_factory=dict)
     numbers: Attributes | None = None
+    constants: tuple[str, ...] = ()
 
     def attributes(self, removal: Removal) -> dict[str, int]:
         """Integers that modules hold and that a removal changes, with their new values.

@@ -71,7 +71,9 @@ def assemble(trace: Trace, solution: Solution) -> tuple[tuple[Group, ...], Assem
     members = members.select(solution.live(members.label))
     made = np.array([entry.roles[k] == "makes" for entry, k in keys], dtype=bool)
     assembly = _assembly(members, made, solution)
-    seen = [(s, k) for s in trace.sightings for k, d in enumerate(s.dims) if trace.labels.is_live(d)]
+    seen = [
+        (s, k) for s in trace.sightings for k, d in enumerate(s.dims) if trace.labels.is_live(d)
+    ]
     sites = _Table.of(seen, [s.dims[k] for s, k in seen])
     sites = sites.select(solution.live(sites.label))
     return _groups(trace, solution, assembly, members, sites), assembly
@@ -146,7 +148,9 @@ def _blocks(
     inside = assembly.group[component] >= 0
     component, table = component[inside], table.select(inside)
     group, rank = assembly.group[component], assembly.rank[component]
-    order = np.lexsort((table.position, rank, group, table.dim))
+    width = int(assembly.count.max(initial=1))
+    key = (table.dim * len(assembly.count) + group) * width + rank
+    order = np.argsort(key, kind="stable")  # positions ascend already
     dim, group, position = table.dim[order], group[order], table.position[order]
     edges = np.nonzero((np.diff(dim) != 0) | (np.diff(group) != 0))[0] + 1
     begins = [0, *edges.tolist()] if len(dim) else []

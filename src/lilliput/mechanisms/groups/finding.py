@@ -47,6 +47,11 @@ def find_groups(model: nn.Module, inputs: Any, *, heads: Heads = "channels") -> 
     record = trace(model, inputs, heads)
     if heads == "whole" and record.attention:
         record = trace(model, inputs, heads, frozenset(record.attention))
-    solution = settle(record)
+    solution, constants = settle(record)
     groups, assembly = assemble(record, solution)
-    return Groups(groups, unprunable(record, solution), Attributes(record, solution, assembly))
+    return Groups(
+        groups,
+        unprunable(record, solution),
+        Attributes(record, solution, assembly),
+        tuple(constants),
+    )

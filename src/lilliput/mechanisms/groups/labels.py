@@ -127,7 +127,9 @@ class Labels:
         different = left != right
         if not different.any():
             return
-        left, right = (np.broadcast_to(x, different.shape)[different] for x in (left, right))
+        if left.shape != right.shape:
+            left, right = np.broadcast_arrays(left, right)
+        left, right = left[different], right[different]
         low, high = np.minimum(left, right), np.maximum(left, right)
         free = low > 0
         if not free.all():

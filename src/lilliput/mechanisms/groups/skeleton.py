@@ -40,6 +40,7 @@ def skeleton(model: nn.Module) -> nn.Module:
             "which it was scripted."
         )
     memo: dict[int, Any] = {id(t): _meta(t) for t in (*model.parameters(), *model.buffers())}
+    memo |= {id(m): _twin(m, memo) for m in model.modules() if _is_simple(m)}
     try:
         bare = copy.deepcopy(model, memo)
     except Exception as error:
@@ -82,6 +83,24 @@ def _numbered(value: Any, path: str, ledger: Ledger) -> Any:
     if type(value) in (list, tuple) and value and all(isinstance(n, int) for n in value):
         return type(value)(_numbered(n, f"{path}.{k}", ledger) for k, n in enumerate(value))
     return value
+
+
+def _is_simple(module: nn.Module) -> bool:
+    """Whether a module holds nothing but tensors and constants, as most of torch's own do."""
+    return type(module).__module__ in _PLAIN and not any(
+        isinstance(value, dict | list | set | nn.Module) and value
+        for key, value in vars(module).items()
+        if key not in ("_parameters", "_buffers")
+    )
+
+
+def _twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy of a simple module; ``copy.deepcopy`` would take longer than the rest of the trace."""
+    twin = type(module).__new__(type(module))
+    vars(twin).update((k, v.copy() if isinstance(v, dict) else v) for k, v in vars(module).items())
+    for held in (twin._parameters, twin._buffers):
+        held.update((name, memo.get(id(tensor), tensor)) for name, tensor in held.items())
+    return twin
 
 
 def _meta(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from ...errors import InputError
 from .classes import Role
 from .labels import Context, Dim, Dims, Labels
 from .widths import Kept, Width, after, leaves
@@ -104,6 +105,8 @@ class Trace:
         self._dims: dict[int, Dims] = {}
         self._alive: list[Tensor] = []  # an id must not be given out twice
         self._static: set[int] = set()
+        self._unmet: set[int] = set()
+        self._watched = True
         self._modules: list[tuple[str, nn.Module]] = []
         self._owner: list[int] = []
         self._calls: dict[str, int] = {}
@@ -117,6 +120,7 @@ class Trace:
             self._owner += [len(self.entries)] * sum(tensor.shape)
             self.entries.append(Entry(name, dims, ["along"] * len(dims)))
             self.put(tensor, dims, static=True)
+            self._unmet.add(id(tensor))
 
     def put(self, tensor: Tensor, dims: Dims, static: bool = False) -> None:
         """Remember the labels of a tensor; ``static`` ones are computed from parameters alone."""
@@ -127,8 +131,16 @@ class Trace:
 
     def dims(self, tensor: Tensor) -> Dims:
         """The labels of a tensor; one that was not met before stays as it is."""
+        self._unmet.discard(id(tensor))
         known = self._dims.get(id(tensor))
         if known is None:
+            if tensor.is_meta:
+                raise InputError(
+                    f"in {self.module or type(tensor).__name__!r} a tensor of shape "
+                    f"{tuple(tensor.shape)} appears that passed by torch's dispatcher, so it is not "
+                    "known which channels it carries. Take that part (a transform such as vmap, or "
+                    "a tensor kept from an earlier call) out of the model."
+                )
             known = [self.labels.still(size) for size in tensor.shape]
             self.put(tensor, known, static=True)
         return known
@@ -136,6 +148,10 @@ class Trace:
     def knows(self, tensor: Tensor) -> bool:
         """Whether the tensor was met before."""
         return id(tensor) in self._dims
+
+    def is_unmet(self, tensor: Tensor) -> bool:
+        """Whether a declared tensor has taken part in nothing so far."""
+        return id(tensor) in self._unmet
 
     def is_static(self, tensor: Tensor) -> bool:
         """Whether the tensor is computed from parameters and constants alone."""
@@ -182,6 +198,11 @@ class Trace:
         """The module at work ends."""
         self._modules.pop()
 
+    def begin_unwatched(self) -> None:
+        """Another pass, of which the activations do not count."""
+        self._modules.clear()
+        self._watched = False
+
     def count_call(self, name: str) -> int:
         """How many times the module was called before."""
         self._calls[name] = self._calls.get(name, -1) + 1
@@ -190,7 +211,7 @@ class Trace:
     def see(self, side: Literal["input", "output"], tensors: Iterable[Tensor]) -> None:
         """Remember what the leaf module at work takes in or gives out."""
         call = self._calls[self.module]
-        for position, tensor in enumerate(tensors):
+        for position, tensor in enumerate(tensors if self._watched else ()):
             self.sightings.append(Sighting(self.module, side, call, position, self.dims(tensor)))
 
     # Numbers in the code
@@ -209,6 +230,17 @@ class Trace:
         source = width.source if width.source is not None else self._follow(width, target)
         if source is None or source.shape[1] == len(target):
             self.checks.append(Check(value, target, self.labels.context, source))
+
+    def require_same(self, value: int) -> None:
+        """The code uses a number in a way that does not allow it to change."""
+        if self.own(value) is not None:
+            self.checks.append(Check(value, int(value), self.labels.context))
+
+    def equate(self, check: Check) -> None:
+        """Make a check hold by equating the dims between which the number mediates."""
+        if check.source is not None and not isinstance(check.target, int):
+            self.labels.context = check.context
+            self.labels.equate(check.source, check.target[None])
 
     def attribute(self, path: str, value: int, kept: Kept) -> int:
         """What an attribute will be when only some labels are kept."""
@@ -252,7 +284,7 @@ class Trace:
             What would have to be equated with the target, for the number to be right.
         """
         attributes = [leaf for leaf in width.leaves if leaf.path]
-        if not attributes:
+        if not attributes or not len(target):
             return None
         largest = max(attributes)
         size, path = int(largest), largest.path

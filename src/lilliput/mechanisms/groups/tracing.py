@@ -10,6 +10,7 @@ batch of one cannot be told from a dim that is broadcast.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,11 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...core.task import call
 from ...errors import InputError, ModelMismatch
-from .rules import follow, handler
+from .labels import Context
+from .quick import shape_only
+from .rules import call_function, follow
 from .rules.base import tensors_in
 from .skeleton import number_attributes, skeleton, tensors
 from .trace import Heads, Trace, leaf_modules
-from .widths import Width
 
 _DATA_DEPENDENT = (
     "item() cannot be called on meta tensors",
@@ -69,26 +71,42 @@ def _trace(model: nn.Module, inputs: Any, record: Trace) -> Trace:
     bare = skeleton(model)
     number_attributes(bare, record)
     record.declare(tensors(bare))
-    values = {name: t for name, t in tensors(model)}
-    known = {id(t): values[name] for name, t in tensors(bare) if name in values}
     given = pytree.tree_map_only(Tensor, lambda t: t.detach().to("meta"), inputs)
     for tensor in tensors_in(pytree.tree_leaves(given)):
         record.put(tensor, record.fresh(tensor.shape, "it is the network's input"))
+    values = dict(tensors(model))
+    known = {id(t): values[name] for name, t in tensors(bare) if name in values}
     _hook(bare, record)
+    with torch.random.fork_rng(devices=[]):
+        _pass(bare, given, record, known)
+        if any(record.is_unmet(parameter) for parameter in bare.parameters()):
+            _training_pass(bare, given, record, known)
+    record.mix_numbers()
+    return record
+
+
+def _pass(bare: nn.Module, inputs: Any, record: Trace, known: dict[int, Tensor]) -> None:
     with torch.no_grad(), _Operators(record, known), _Functions(record):
-        output = _run(bare, given, record)
+        output = _run(bare, inputs, record)
+    record.labels.context = Context()
     for tensor in _outputs(output):
         for labels in record.dims(tensor):
             record.labels.fix(labels, "it is the network's output")
-    record.mix_numbers()
-    return record
+
+
+def _training_pass(bare: nn.Module, inputs: Any, record: Trace, known: dict[int, Tensor]) -> None:
+    """Follow layers that only take part in training, such as auxiliary classifiers."""
+    record.begin_unwatched()
+    bare.train()
+    with contextlib.suppress(ModelMismatch, InputError):  # it may want targets as well
+        _pass(bare, inputs, record, known)
 
 
 class _Operators(TorchDispatchMode):
     """Runs every operator and gives labels to what it returns."""
 
     def __init__(self, record: Trace, known: dict[int, Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.record, self.known = record, known
 
     def __torch_dispatch__(
@@ -102,6 +120,9 @@ class _Operators(TorchDispatchMode):
     def _execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and id(args[0]) in self.known:
             return func(self.known[id(args[0])])  # a number that the model holds as a buffer
+        known = shape_only(func, args, kwargs)
+        if known is not NotImplemented:
+            return known
         try:
             return func(*args, **kwargs)
         except (RuntimeError, NotImplementedError):
@@ -137,14 +158,7 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        known = handler(getattr(func, "__name__", ""))
-        if known is not None:
-            return known(self.record, func, args, kwargs)
-        for value in args:
-            if type(value) is Width:
-                self.record.number(value)
-        return func(*args, **kwargs)
+        return call_function(self.record, func, args, kwargs or {})
 
 
 def _hook(bare: nn.Module, record: Trace) -> None:

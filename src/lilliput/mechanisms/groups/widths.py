@@ -95,7 +95,7 @@ class Width(int):
         return int.__hash__(self)
 
     def __eq__(self, other: object) -> bool:
-        equal = int.__eq__(self, other)  # type: ignore[operator]
+        equal = int.__eq__(self, other)
         if equal is True and isinstance(other, int):
             self.ledger.same(self, other)
         return equal
@@ -146,6 +146,12 @@ class Width(int):
 
     def __rsub__(self, other: Any) -> Any:
         return _combine(operator.sub, other, self)
+
+    def __mod__(self, other: Any) -> Any:
+        return _combine(operator.mod, self, other)
+
+    def __rmod__(self, other: Any) -> Any:
+        return _combine(operator.mod, other, self)
 
     def __neg__(self) -> Any:
         return _combine(operator.sub, 0, self)

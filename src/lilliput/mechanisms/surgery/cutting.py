@@ -15,7 +15,8 @@ from ...core.types import Change
 from ...errors import InputError, LilliputError, ModelMismatch, SurgeryFailed
 from .check import self_check
 from .plan import Plan, perform, plan_of, remember
-from .tensors import refuse, shape_of
+from .refusals import refuse
+from .tensors import shape_of
 from .transaction import transaction
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from torch import nn
 
 from ...errors import CorruptArtifact, ModelMismatch
 from .attributes import set_attributes, set_sizes
-from .tensors import Kept, cut_tensors, refuse, shape_of
+from .refusals import refuse
+from .tensors import Kept, cut_tensors, shape_of
 from .transaction import transaction
 
 _ATTRIBUTE = "lilliput_plan"

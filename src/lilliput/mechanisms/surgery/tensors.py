@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from ...core.task import evaluation
-from ...errors import InputError, ModelMismatch, SurgeryFailed
+from ...errors import ModelMismatch, SurgeryFailed
 from ..encodings import Encoding
+from .refusals import refuse_tensor
 from .transaction import set_memory
 
 #: Effective tensor -> dim -> the indices that stay, ascending.
@@ -56,7 +55,7 @@ def cut_tensors(model: nn.Module, kept: Kept, optimizer: torch.optim.Optimizer |
     state = {} if optimizer is None else optimizer.state
     for name, dims in kept.items():
         module, leaf = owner(model, name)
-        _refuse_old_hooks(name, module)
+        refuse_tensor(name, module, leaf)
         try:
             if parametrize.is_parametrized(module, leaf):
                 _cut_parametrized(name, module, leaf, dims, state)
@@ -166,72 +165,3 @@ def _stack(module: nn.Module, leaf: str) -> nn.Module:
     stacks: Any = module.parametrizations
     stack: nn.Module = stacks[leaf]
     return stack
-
-
-def _refuse_old_hooks(name: str, module: nn.Module) -> None:
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm | SpectralNorm):
-            how = "weight" if isinstance(hook, WeightNorm) else "spectral"
-            raise InputError(
-                f"{name} cannot be cut: its layer computes its weight in a hook ({how} normalization), "
-                f"from the norm of all channels. Call torch.nn.utils.remove_{how}_norm on it first. "
-                "The model is as it was."
-            )
-
-
-def refuse(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise what can be known before anything is touched.
-
-    Raises:
-        InputError: the model, the optimizer or the moment is one that cannot be cut.
-    """
-    reason = _why_not_now() or _why_not_model(model) or _why_not_optimizer(optimizer)
-    if reason:
-        raise InputError(f"channels cannot be cut here: {reason} Nothing was changed.")
-
-
-def _why_not_now() -> str:
-    if torch._C._current_graph_task_id() != -1:
-        return (
-            "backward() is running, and the gradients that it still brings have the old shapes. "
-            "Cut before it or after it, for example in a hook of the optimizer's step."
-        )
-    return ""
-
-
-def _why_not_model(model: nn.Module) -> str:
-    kinds = {
-        "DistributedDataParallel": "keeps the gradients of all parameters in buffers of fixed size. "
-        "Cut model.module, then wrap it again.",
-        "FullyShardedDataParallel": "holds the parameters flattened. Cut the model before wrapping it.",
-        "OptimizedModule": "is compiled for its shapes. Cut model._orig_mod, then compile it again.",
-    }
-    for name, module in model.named_modules():
-        where = f"{type(module).__name__}{f' {name!r}' if name else ''}"
-        if type(module).__name__ in kinds:
-            return f"{where} {kinds[type(module).__name__]}"
-        if isinstance(module, torch.jit.ScriptModule):
-            return f"{where} is TorchScript, whose shapes are fixed. Cut the Python module instead."
-        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and (reason := _why_not_tensor(tensor)):
-                return f"{f'{name}.{leaf}'.lstrip('.')} {reason}"
-    return ""
-
-
-def _why_not_tensor(tensor: Tensor) -> str:
-    if nn.parameter.is_lazy(tensor):
-        return "has no shape yet. Run the model once on an example batch."
-    if tensor.is_meta:
-        return "is on the meta device and has no values. Load the weights first."
-    if tensor.layout != torch.strided:
-        return f"is stored as {tensor.layout}. Make it dense first: tensor.to_dense()."
-    return ""
-
-
-def _why_not_optimizer(optimizer: torch.optim.Optimizer | None) -> str:
-    if isinstance(optimizer, torch.optim.LBFGS):
-        return (
-            "LBFGS remembers all parameters as one flat vector. Make a new one after cutting, and do "
-            "not hand this one over."
-        )
-    return ""

@@ -196,9 +196,9 @@ class ChannelMethod(Method):
         Raises:
             InputError: the budget is out of reach, or the global scope has nothing to rank by.
         """
-        taking, now = self.takes_part(groups), _channels(groups)
-        start = np.where(taking, self.memory(run)["channels"], now)
-        allowed = self.allowed(run, groups)
+        now, allowed = _channels(groups), self.allowed(run, groups)
+        known = self.memory(run)["channels"]
+        start = np.array([known.get(k, n) for k, n in zip(_keys(groups), now, strict=True)])
         if self.scope == "global":
             if scores is None:
                 raise self._no_ranking()
@@ -255,10 +255,9 @@ class ChannelMethod(Method):
         """Note how wide everything is; remove for the first time, unless the end is the time."""
         self._refuse_processes()
         groups, memory = self.groups(run), self.memory(run)
-        memory.update(round=0, cuts=0, error=None, unchecked="", notes={}, folded={})
-        memory["channels"] = _channels(groups).tolist()
-        memory["widths"] = _widths(run.model, groups)
-        memory["figures"] = self._figures(run)
+        memory.update(round=0, error=None, unchecked="")
+        memory.update(widths={}, totals={}, notes={}, folded={})  # what the changes will say
+        memory["channels"] = dict(zip(_keys(groups), _channels(groups).tolist(), strict=True))
         if self.when == "start":
             self._prune_if_due(run)
 
@@ -292,12 +291,12 @@ class ChannelMethod(Method):
     def _prune(self, run: Run, number: int) -> None:
         """Remove what the round of this number, from 1, is to remove."""
         memory = self.memory(run)
-        memory["round"] = number
+        memory["round"] = number  # the criterion may ask for `part`
         groups = self.groups(run)
         removal = {g: gone for g, gone in self.removal(run, groups).items() if len(gone)}
         if removal:
             self._cut(run, groups, removal)
-        elif number == self.rounds and not memory["cuts"]:
+        elif number == self.rounds and not memory["widths"]:
             raise NothingChanged(
                 f"{self.method_name()} has no channel to remove: with round_to={self.round_to} and "
                 f"at_least={self.at_least} every layer stays as wide as it is. Keep less, or set "
@@ -313,8 +312,12 @@ class ChannelMethod(Method):
                     change(model)
 
         inputs, memory = self.inputs(run), self.memory(run)
+        before = {} if memory["totals"] else self._figures(run)
         done = cut(run.model, groups, removal, inputs=inputs, optimizer=run.optimizer, edit=edit)
-        memory["cuts"] += 1
+        for change in done.changes:
+            memory["widths"].setdefault(change.where, [change.before, 0])[1] = change.after
+        for what, now in self._figures(run).items():
+            memory["totals"].setdefault(what, [before.get(what), 0])[1] = now
         errors = [e for e in (memory["error"], done.error) if e is not None]
         memory["error"] = max(errors, default=None)
         memory["unchecked"] = "; ".join(done.unchecked)
@@ -364,7 +367,9 @@ class ChannelMethod(Method):
         number = self.memory(run)["round"]
         file = run.directory / f"widths-{run.stage}-{place}-{number}.json"
         if not file.exists():
-            file.write_text(json.dumps(offer.within("latency", fraction).tolist()))
+            half_done = file.with_suffix(".tmp")
+            half_done.write_text(json.dumps(offer.within("latency", fraction).tolist()))
+            half_done.replace(file)
         return np.array(json.loads(file.read_text()))
 
     def _note_floors(self, run: Run, groups: Groups, wishes: np.ndarray) -> None:
@@ -378,33 +383,30 @@ class ChannelMethod(Method):
         return {"parameters": size(run.model).parameters, "macs": macs(run.model, inputs).total}
 
     def _changes(self, run: Run) -> list[Change]:
+        """What this method's own cuts did, whatever others did in the same stage."""
         memory, name = self.memory(run), self.method_name()
-        notes = memory["notes"]
-        widths = [
-            Change(layer, "channels", before, now, name, notes.get(layer, ""))
-            for layer, (tensor, dim, before) in memory["widths"].items()
-            if (now := effective(run.model, tensor).shape[dim]) != before
-        ]
-        folded = [
-            Change(tensor, "constants folded", 0, count, name, notes.get(_owner(tensor), ""))
-            for tensor, count in memory["folded"].items()
-        ]
-        return [*widths, *folded, *self._totals(run)] if widths else []
-
-    def _totals(self, run: Run) -> list[Change]:
-        memory = self.memory(run)
-        error, unchecked = memory["error"], memory["unchecked"]
+        error, notes = memory["error"], memory["notes"]
         equal = "" if error is None else f"equals the silenced network but for {error:.0e}"
-        note = "; ".join(text for text in (equal, unchecked) if text)
+        checked = "; ".join(text for text in (equal, memory["unchecked"]) if text)
         return [
-            Change("model", what, memory["figures"][what], now, self.method_name(), note)
-            for what, now in self._figures(run).items()
+            *(
+                Change(layer, "channels", before, after, name, notes.get(layer, ""))
+                for layer, (before, after) in memory["widths"].items()
+            ),
+            *(
+                Change(tensor, "constants folded", 0, count, name, notes.get(_owner(tensor), ""))
+                for tensor, count in memory["folded"].items()
+            ),
+            *(
+                Change("model", what, before, after, name, checked)
+                for what, (before, after) in memory["totals"].items()
+            ),
         ]
 
     def _refuse_processes(self) -> None:
         """Several processes cannot follow a change of shape, and would each measure another time."""
         timed = self.budget is not None and self.budget.quantity == "latency"
-        if (self.rounds == 1 and not timed) or not torch.distributed.is_initialized():
+        if (self.rounds == 1 and not timed) or _processes() == 1:
             return
         raise InputError(
             f"{self.method_name()} with {self.rounds} rounds"
@@ -444,6 +446,11 @@ class ChannelMethod(Method):
         )
 
 
+def _processes() -> int:
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if together else 1
+
+
 def _owner(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
@@ -452,14 +459,10 @@ def _channels(groups: Groups) -> np.ndarray:
     return np.array([group.channels for group in groups.groups], dtype=np.int64)
 
 
-def _widths(model: nn.Module, groups: Groups) -> dict[str, list[Any]]:
-    """Layer -> the tensor and dim that say how wide its output is, and the width."""
-    widths: dict[str, list[Any]] = {}
-    for group in groups.groups:
-        for m in group.with_role("makes"):
-            width = effective(model, m.tensor).shape[m.dim]
-            widths.setdefault(m.layer, [m.tensor, m.dim, width])
-    return widths
+def _keys(groups: Groups) -> list[str]:
+    """A name for each group that stays the same when channels go."""
+    names = [group.name for group in groups.groups]
+    return [f"{name} {names[:place].count(name)}" for place, name in enumerate(names)]
 
 
 def _owners(model: nn.Module) -> list[str]:

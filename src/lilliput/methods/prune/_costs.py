@@ -6,8 +6,8 @@ proportional to the numbers in its weight. So one measurement of the dense netwo
 ones, exactly.
 
 The surprising rule: where operators multiply activations with each other (attention), or one module
-multiplies with several weights, that proportion is a guess. Then the network is really cut, on a
-copy, measured, and the guess corrected; see :meth:`Costs.correct`.
+multiplies with several weights, that proportion is a guess. So what fits a budget in MACs is really cut, on
+a copy, and measured, and a wrong guess is corrected; see :meth:`Costs.correct`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from ...mechanisms.surgery import cut
 
 # A latency is measured on a really cut copy: seconds a try, and finer steps than this are noise.
 _LATENCY_STEP = 1 / 64
-_CORRECTIONS = 4
+# Tries to meet a target where prices are guesses, and what counts as met.
+_TRIES = 6
+_NEAR = 0.995
 
 
 class Costs:
@@ -80,11 +82,17 @@ class Costs:
         """Multiply-accumulates of the forward pass that was measured."""
         return float(self._by_module(kept).sum())
 
-    def correct(self, kept: np.ndarray, measured: Macs) -> None:
-        """Scale each module's price so that it is right at one point, measured on a real cut."""
+    def correct(self, kept: np.ndarray, measured: Macs, damping: float = 1.0) -> None:
+        """Scale each module's price so that it is right at one point, measured on a real cut.
+
+        Args:
+            kept: the point.
+            measured: what the network costs there.
+            damping: exponent of the correction; below 1 it goes only a part of the way.
+        """
         priced = self._by_module(kept)
         real = np.array([measured.by_module.get(name, 0) for name in self.modules], dtype=float)
-        self.factor[priced > 0] *= real[priced > 0] / priced[priced > 0]
+        self.factor[priced > 0] *= (real[priced > 0] / priced[priced > 0]) ** damping
 
     def _by_module(self, kept: np.ndarray) -> np.ndarray:
         numbers = self.elements(kept)[self.priced] * self.price
@@ -134,11 +142,6 @@ class Costs:
         paid = np.bincount(self.module, full[self.priced] * self.price, minlength=len(place))
         self.fixed = np.array([float(macs.by_module[m]) for m in self.modules]) - paid
         self.factor = np.ones(len(place))
-        #: Whether every multiplication is with the one weight of its module, and every weight multiplies.
-        self.exact = (
-            all(len(weights.get(m, ())) == 1 for m in self.modules)
-            and weights.keys() <= place.keys()
-        )
 
 
 @dataclass(frozen=True)
@@ -191,16 +194,24 @@ class Offer:
         return model
 
     def _within_macs(self, costs: Costs, target: float) -> np.ndarray:
-        """Price, choose, and where prices are guesses look what the choice really costs."""
-        for _ in range(_CORRECTIONS):
-            kept = self._count(costs.macs, target)
-            if costs.exact:
-                break
+        """Price, choose, look what the choice really costs, and where prices were wrong, again.
+
+        Of all choices that were looked at the one that uses up most of the target is taken.
+        """
+        smallest = np.array([steps[0] for steps in self.allowed])
+        kept = self._count(costs.macs, target)
+        best, most = smallest, 0
+        for number in range(_TRIES):
             real = macs(self.thinned(kept), self.inputs)
-            if real.total <= target and real.total > 0.999 * costs.macs(kept):
+            if most < real.total <= target:
+                best, most = kept, real.total
+            if most >= _NEAR * target or round(costs.macs(kept)) == real.total <= target:
                 break
-            costs.correct(kept, real)
-        return kept
+            # A price that was right for few channels is too low for many: do not swing to and fro.
+            costs.correct(kept, real, damping=0.5 if number else 1.0)
+            aim = target if most else target * target / real.total
+            kept = self._count(costs.macs, max(aim, min(target, costs.macs(smallest))))
+        return best
 
     def _latency(self) -> budget.Cost:
         """The time of a forward pass over the dense network's; each try is cut and timed once."""

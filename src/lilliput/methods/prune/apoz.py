@@ -41,7 +41,7 @@ from ...core.registry import method
 from ...core.run import Run
 from ...core.task import answer
 from ...core.types import Positive
-from ...errors import NothingMatched
+from ...errors import NothingChanged, NothingMatched
 from ...mechanisms.budget import lowest
 from ...mechanisms.groups import Group, Groups, Site
 from ...mechanisms.groups.classes import Removal
@@ -86,20 +86,15 @@ def after_relu(
 
 
 class _Census:
-    """Zeros, counted at all sites of some groups.
+    """Zeros, counted at all sites of one group."""
 
-    Args:
-        groups: of the model.
-        meant: the numbers of those that are counted.
-    """
-
-    def __init__(self, groups: Sequence[Group], meant: Sequence[int]) -> None:
-        self.sites = [site for number in meant for site in groups[number].sites]
-        self.zeros = [torch.zeros(len(site.index), dtype=torch.int64) for site in self.sites]
-        self.silent = [zeros.clone() for zeros in self.zeros]
-        self.values = [0] * len(self.sites)
-        self.negative = [False] * len(self.sites)
-        self.same: list[set[int]] = [set() for _ in self.sites]
+    def __init__(self, group: Group) -> None:
+        self.group, sites = group, group.sites
+        self.zeros = torch.zeros(len(sites), group.channels, dtype=torch.float64)
+        self.silent = torch.zeros_like(self.zeros)
+        self.values = [0] * len(sites)
+        self.negative = [False] * len(sites)
+        self.same: list[set[int]] = [set() for _ in sites]
         # The first batch tells which sites see the same numbers: held, no memory is used twice.
         self._held: list[tuple[int, Tensor]] = []
 
@@ -109,7 +104,7 @@ class _Census:
             address = activation.data_ptr()
             self.same[place] = {n for n, other in self._held if other.data_ptr() == address}
             self._held.append((place, activation))
-        rows = by_channel(activation, self.sites[place])
+        rows = by_channel(activation, self.group.sites[place])
         self.zeros[place] += (rows == 0).sum(dim=(0, 2)).cpu()
         self.silent[place] += (rows <= 0).sum(dim=(0, 2)).cpu()
         self.values[place] += rows.shape[0] * rows.shape[2]
@@ -119,28 +114,20 @@ class _Census:
         """Let the activations go."""
         self._held = []
 
-    def share(self, group: Group, extended: bool) -> np.ndarray | None:
-        """The mean APoZ over the ReLUs that the channels of a group pass.
+    def share(self, extended: bool) -> np.ndarray | None:
+        """The mean APoZ over the ReLUs that the channels pass; None if nothing can be counted.
 
         Args:
-            group: one of those that are counted.
             extended: without a ReLU, take the share of values that are not positive.
-
-        Returns:
-            None if nothing can be counted.
         """
-        of = {id(site) for site in group.sites}
-        places = [n for n, site in enumerate(self.sites) if id(site) in of and self.values[n]]
-        local = {place: n for n, place in enumerate(places)}
-        rectified = [bool(self.zeros[n].any()) and not self.negative[n] for n in places]
-        same = [{local[m] for m in self.same[n] if m in local} for n in places]
-        found = after_relu([self.sites[n] for n in places], rectified, same)
-        counts = [self.zeros[places[n]] / self.values[places[n]] for n in found]
-        if not counts and extended:
-            read = {id(site) for site in uses(group)}
-            of_users = [n for n in places if id(self.sites[n]) in read]
-            counts = [self.silent[n] / self.values[n] for n in of_users if self.silent[n].any()]
-        return torch.stack(counts).mean(0).double().numpy() if counts else None
+        sites, some = self.group.sites, self.zeros.any(dim=1).tolist()
+        rectified = [any_zero and not n for any_zero, n in zip(some, self.negative, strict=True)]
+        found, counted = after_relu(sites, rectified, self.same), self.zeros
+        if not found and extended:
+            read = set(map(id, uses(self.group)))
+            found, counted = [n for n, site in enumerate(sites) if id(site) in read], self.silent
+        shares = [counted[n] / self.values[n] for n in found if counted[n].any()]
+        return torch.stack(shares).mean(0).numpy() if shares else None
 
 
 @method
@@ -207,22 +194,40 @@ class Apoz(ChannelMethod):
         """The channels of highest APoZ: as many as keep or budget say, or those that the rule names."""
         if self.keep is not None or self.budget is not None:
             return super().removal(run, groups)
-        scores, kept = self.scores(run, groups), [g.channels for g in groups.groups]
-        meant = [n for n, mine in enumerate(self.takes_part(groups)) if mine]
-        most_silent = sorted(meant, key=lambda n: float(scores[n].mean()))[: self.layers_at_once]
-        allowed = self.allowed(run, groups)
-        for number in most_silent:
-            stay = int((~outliers(1 - scores[number], self.deviations)).sum())
+        scores = self.scores(run, groups)
+        above = {
+            number: outliers(1 - scores[number], self.deviations)
+            for number, mine in enumerate(self.takes_part(groups))
+            if mine
+        }
+        silent = sorted((n for n in above if above[n].any()), key=lambda n: float(scores[n].mean()))
+        memory = self.memory(run)
+        memory["named"] = memory.get("named", 0) + len(silent)
+        if not memory["named"] and self.part(run) == 1:
+            raise NothingChanged(
+                f"apoz: no channel is zero more often than {self.deviations:g} standard deviations above "
+                "its layer's mean. Lower deviations, or say with keep how many stay."
+            )
+        kept, allowed = [g.channels for g in groups.groups], self.allowed(run, groups)
+        for number in silent[: self.layers_at_once]:
+            stay = int((~above[number]).sum())
             kept[number] = int(allowed[number][allowed[number] >= stay][0])
         return lowest(scores, np.array(kept))
 
     def _shares(self, run: Run, groups: Sequence[Group], meant: list[int]) -> dict[int, np.ndarray]:
         """APoZ of the groups that can be judged."""
-        census = _Census(groups, meant)
-        with torch.no_grad(), calibrating(run, census.sites, census.see):
+        counts = {n: _Census(groups[n]) for n in meant}
+        places = [(census, n) for census in counts.values() for n in range(len(census.group.sites))]
+
+        def see(number: int, activation: Tensor) -> None:
+            census, place = places[number]
+            census.see(place, activation)
+
+        sites = [census.group.sites[place] for census, place in places]
+        with torch.no_grad(), calibrating(run, sites, see):
             for batch in run.calibration(self.samples):
                 answer(run.model, batch.inputs)
-                census.end_of_batch()
-        extended = self.unrectified == "not_positive"
-        found = {n: census.share(groups[n], extended) for n in meant}
+                for census in counts.values():
+                    census.end_of_batch()
+        found = {n: counts[n].share(self.unrectified == "not_positive") for n in meant}
         return {n: share for n, share in found.items() if share is not None}

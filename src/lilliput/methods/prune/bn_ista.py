@@ -31,7 +31,8 @@ decay, adaptive rates and gradient clipping do not apply to them; everything els
 the paper's exact removal.
 
 ``patience``: when for so many epochs no scale has become zero, the channels go, and the rest of the stage
-fine-tunes what is left without the penalty. Without it they go at the end.
+fine-tunes what is left without the penalty. Without it they go at the end. Be patient: in a trained
+network some scales are next to zero at once, and the others follow much later.
 
 Cost: nothing measurable. When not to use it: without batch normalization (refused); for a given size,
 since rho must be searched for it: take ``slimming``, which removes to a ratio.
@@ -151,7 +152,7 @@ def pixels_of(inputs: Any) -> int:
 
 @torch.no_grad()
 def rescale_channels(model: nn.Module, group: Group, factor: float) -> None:
-    """Multiply what normalizes the channels of a group, and divide the weights that use them, in place."""
+    """Multiply scales and shifts of a group's channels, and divide the weights that use them, in place."""
     for member in scales(group):
         index = torch.from_numpy(member.index.ravel())
         for tensor in _scale_and_shift(model, member):
@@ -255,11 +256,13 @@ class BnIsta(ChannelMethod):
     patience: int | None = Field(default=None, ge=1)
     fold: Literal["none", "constant"] = "constant"
 
-    _costs: list[tuple[Tensor, Tensor]] = PrivateAttr(default_factory=list)
+    _known: tuple[Groups, list[tuple[Tensor, Tensor]]] | None = PrivateAttr(None)
 
     def _check_amount(self) -> None:
-        if self.keep is not None or self.budget is not None:
-            raise ValueError("how much goes follows from penalty: it takes neither keep nor budget")
+        if (self.keep, self.budget, self.scope, self.normalize) != (None, None, "layer", "none"):
+            raise ValueError(
+                "penalty says what goes: keep, budget, scope, normalize do nothing here"
+            )
 
     @classmethod
     def example(cls) -> BnIsta:
@@ -287,7 +290,7 @@ class BnIsta(ChannelMethod):
                 self.allowed(run, groups), sizes, self.takes_part(groups), strict=True
             )
         ]
-        if not self._zeros():
+        if not self._zeros(run):
             raise NothingChanged(
                 f"bn_ista: no scale has become zero in {run.step} steps. Raise penalty, lower rescale, "
                 "raise the learning rate (lr is that of the scales alone), or train longer."
@@ -308,11 +311,7 @@ class BnIsta(ChannelMethod):
                 "stage of its own."
             )
         super().attach(run)
-        groups = self.groups(run)
-        taking, parameters = self.takes_part(groups), dict(run.model.named_parameters())
-        found = costs(run.model, groups, taking, self.inputs(run), self.cost)
-        self._costs = [(parameters[name], cost) for name, cost in found.items()]
-        self.memory(run).update(zeros=0, waited=0, rescaled=self._rescale(run, groups, taking))
+        self.memory(run).update(zeros=0, waited=0, rescaled=self._rescale(run))
 
     @torch.no_grad()
     def after_backward(self, run: Run) -> None:
@@ -320,19 +319,19 @@ class BnIsta(ChannelMethod):
         if self._pruned(run):
             return
         rate = self._rate(run)
-        for scale, cost in self._costs:
+        for scale, cost in self._penalized(run):
             if scale.grad is not None:  # it trains
                 gradient = scale.grad.nan_to_num(0.0, 0.0, 0.0)  # float16 may overflow now and then
                 moved = soft_threshold(scale - rate * gradient, rate * self.penalty * cost)
                 scale.copy_(moved)
                 scale.grad = None
-        run.log("bn_ista/zeros", self._zeros())
+        run.log("bn_ista/zeros", self._zeros(run))
 
     def after_epoch(self, run: Run) -> None:
         """Remove, if the zeros have stopped to become more."""
         if self.patience is None or self._pruned(run):
             return
-        memory, zeros = self.memory(run), int(self._zeros())
+        memory, zeros = self.memory(run), int(self._zeros(run))
         memory["waited"] = memory["waited"] + 1 if 0 < zeros <= memory["zeros"] else 0
         memory["zeros"] = max(zeros, memory["zeros"])
         if memory["waited"] >= self.patience and self.removal(run, self.groups(run)):
@@ -353,9 +352,18 @@ class BnIsta(ChannelMethod):
     def _pruned(self, run: Run) -> bool:
         return bool(self.memory(run)["round"] == self.rounds)
 
-    def _zeros(self) -> Tensor:
+    def _penalized(self, run: Run) -> list[tuple[Tensor, Tensor]]:
+        """The scales and the cost of each of their entries, for the network as it is now."""
+        groups = self.groups(run)
+        if self._known is None or self._known[0] is not groups:
+            taking, parameters = self.takes_part(groups), dict(run.model.named_parameters())
+            found = costs(run.model, groups, taking, self.inputs(run), self.cost)
+            self._known = groups, [(parameters[name], cost) for name, cost in found.items()]
+        return self._known[1]
+
+    def _zeros(self, run: Run) -> Tensor:
         """How many penalized entries are zero."""
-        found = [((scale == 0) & (cost > 0)).sum() for scale, cost in self._costs]
+        found = [((scale == 0) & (cost > 0)).sum() for scale, cost in self._penalized(run)]
         return torch.stack(found).sum()
 
     def _rate(self, run: Run) -> float:
@@ -368,17 +376,18 @@ class BnIsta(ChannelMethod):
             )
         return float(run.optimizer.param_groups[0]["lr"])
 
-    def _rescale(self, run: Run, groups: Groups, taking: list[bool]) -> list[str]:
+    def _rescale(self, run: Run) -> list[str]:
         """Rescale every group that has a scale of its own and allows it; returns those scales' names."""
         if self.rescale == 1.0:
             return []
-        mine = [group for group, takes in zip(groups.groups, taking, strict=True) if takes]
-        users = Counter(scale.tensor for group in mine for scale in scales(group))
+        groups = self.groups(run)
+        mine = [g for g, takes in zip(groups.groups, self.takes_part(groups), strict=True) if takes]
+        owners = Counter(scale.tensor for group in mine for scale in scales(group))
         inputs = next(run.calibration(1)).inputs
         return [
             scales(group)[0].tensor
             for group in mine
-            if [users[scale.tensor] for scale in scales(group)] == [1]
+            if [owners[scale.tensor] for scale in scales(group)] == [1]
             and rescale_if_invariant(run.model, group, self.rescale, inputs)
         ]
 

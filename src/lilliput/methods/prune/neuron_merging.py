@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from ...core.registry import method
 from ...core.run import Run
-from ...core.types import Keep, PerLayer, resolve
+from ...core.types import Change, Keep, PerLayer, resolve
 from ...errors import NothingMatched
 from ...mechanisms.budget import rounded
 from ...mechanisms.groups import Groups
@@ -179,7 +179,10 @@ class NeuronMerging(LayerwiseMethod):
         """Refuse a network in which no layer can be merged."""
         groups = self.groups(run)
         mine = [g for g, m in zip(groups.groups, self.takes_part(groups), strict=True) if m]
-        reasons = {g.name: why_not(run.model, g, self.convolutions) for g in mine}
+        reasons = {g.name: self._why_not(run.model, g) for g in mine}
+        self.memory(run)["whole"] = [
+            [g.name, g.channels, w] for g in mine if (w := reasons[g.name])
+        ]
         if all(reasons.values()):
             told = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:5])
             raise NothingMatched(
@@ -188,10 +191,18 @@ class NeuronMerging(LayerwiseMethod):
             )
         super().attach(run)
 
+    def finish(self, run: Run) -> list[Change]:
+        """What was merged, and which layers were left whole and why."""
+        whole = [
+            Change(layer, "channels", width, width, self.method_name(), f"left whole: {why}")
+            for layer, width, why in self.memory(run)["whole"]
+        ]
+        return [*super().finish(run), *whole]
+
     def allowed(self, run: Run, groups: Groups) -> list[np.ndarray]:
         """The counts that each group may keep; only all, where its channels cannot be merged."""
         return [
-            counts[-1:] if why_not(run.model, group, self.convolutions) else counts
+            counts[-1:] if self._why_not(run.model, group) else counts
             for group, counts in zip(groups.groups, super().allowed(run, groups), strict=True)
         ]
 
@@ -207,7 +218,7 @@ class NeuronMerging(LayerwiseMethod):
     def chosen(self, run: Run, groups: Groups, number: int) -> np.ndarray:
         """The neurons that are merged into others."""
         group = groups.groups[number]
-        if why_not(run.model, group, self.convolutions):
+        if self._why_not(run.model, group):
             return np.empty(0, dtype=np.int64)
         going = group.channels - self.width(run, groups, number)
         self._merges = list(islice(self._removals(run.model, group), going))
@@ -230,13 +241,15 @@ class NeuronMerging(LayerwiseMethod):
 
         return merge
 
+    def _why_not(self, model: nn.Module, group: Group) -> str:
+        if self.count is not None and resolve(self.count, group.name) is None:
+            return f"no pattern of count, {self.count}, covers it"
+        return why_not(model, group, self.convolutions)
+
     def _asked(self, run: Run, group: Group) -> int:
         """How many neurons go by ``count`` or by the heuristic."""
         if self.count is not None:
-            asked = [n for name in group.layers if (n := resolve(self.count, name)) is not None]
-            return min(asked, default=0)
-        if why_not(run.model, group, self.convolutions):
-            return 0
+            return resolve(self.count, group.name) or 0
         limit = mode_of(saliencies(incoming(run.model, group), outgoing(run.model, group)))
         below = takewhile(lambda m: m.saliency < limit, self._removals(run.model, group))
         return round(sum(1 for _ in below) * float(self.heuristic or 1))

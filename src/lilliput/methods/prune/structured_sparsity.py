@@ -31,7 +31,8 @@ it out of ``layers``. Nothing replaces a module: the authors delete layers by ha
 
 Cost: some norms a layer and step. When not to use it: with adaptive optimizers (they rescale the
 subgradient; proximal steps keep their size, but the learning rate is small); for a given size, since the
-lambdas must be searched for it.
+lambdas must be searched for it. With momentum m the loss moves weights by up to 1 / (1 - m) learning
+rates a step and a proximal step by one, so it wants larger lambdas.
 """
 
 from __future__ import annotations
@@ -57,7 +58,6 @@ from ...mechanisms.groups import Group, Groups, Member
 from ...mechanisms.groups.classes import Removal
 from ...mechanisms.surgery import cut
 from ._channels import ChannelMethod
-from ._masking import nonzeros
 from ._norms import effective, rows
 
 Kind: TypeAlias = Literal["filters", "channels", "shapes", "depth"]
@@ -275,8 +275,10 @@ class StructuredSparsity(ChannelMethod):
     _chosen: list[tuple[Weight, list[Kind]]] = PrivateAttr(default_factory=list)
 
     def _check_amount(self) -> None:
-        if self.keep is not None or self.budget is not None:
-            raise ValueError("how much goes follows from penalty: it takes neither keep nor budget")
+        if (self.keep, self.budget, self.scope, self.normalize) != (None, None, "layer", "none"):
+            raise ValueError(
+                "penalty says what goes: keep, budget, scope, normalize do nothing here"
+            )
         if not any(self.penalty.values()):
             raise ValueError("penalty: give a lambda above 0 for at least one kind of group")
 
@@ -325,7 +327,6 @@ class StructuredSparsity(ChannelMethod):
                 "around it (or a batch has only one example, so that it could not be tried)."
             )
         self._chosen = list(zip(chosen, kinds, strict=True))
-        self.memory(run)["nonzeros"] = {w.name: nonzeros(w.value) for w in chosen}
 
     def loss(self, run: Run) -> Mapping[str, Tensor]:
         """The penalty, where its gradient is what moves the weights."""
@@ -352,13 +353,13 @@ class StructuredSparsity(ChannelMethod):
         """Remove zeros that can go; freeze the others; report both."""
         if self.update == "subgradient":
             self.after_step(run)  # a stage without steps has not looked for small groups yet
-        self._freeze(run, shared=True)
+        frozen = self._freeze(shared=True)
         while any(map(len, self.removal(run, self.groups(run)).values())):
             self._prune(run, self.rounds)  # a removed user may leave its inputs without one
         self.memory(run)["round"] = self.rounds
         kernels = self._trim(run)
-        self._freeze(run, shared=False)
-        found = [*self._changes(run), *kernels, *self._zeros(run)]
+        frozen |= self._freeze(shared=False)
+        found = [*self._changes(run), *kernels, *self._zeros(frozen)]
         if not found:
             raise NothingChanged(
                 f"structured_sparsity: no group has become zero in {run.step} steps. Raise penalty, use "
@@ -412,15 +413,20 @@ class StructuredSparsity(ChannelMethod):
             )
         return float(run.optimizer.param_groups[0]["lr"])
 
-    def _freeze(self, run: Run, *, shared: bool) -> None:
+    def _freeze(self, *, shared: bool) -> set[str]:
         """Put masks on weights with dead groups: on those of shared values, or on all others."""
         threshold = 0.0 if self.update == "proximal" else self.threshold
+        frozen = set()
         for weight, strengths in self._penalized():
-            value = weight.value.detach()
+            value, old = weight.value.detach(), encoding_of(weight, Mask)
             lives = alive(_matrix(weight, value), strengths, threshold)
-            if not lives.all() and shared == (original_of(weight).shape != value.shape):
-                mask, old = unfolded(lives, value, _transposed(weight)), encoding_of(weight, Mask)
-                encode(weight, Mask(mask if old is None else mask & old.mask))
+            mask = unfolded(lives, value, _transposed(weight))
+            mask = mask if old is None else mask & old.mask
+            done = mask.all() if old is None else torch.equal(mask, old.mask)
+            if not done and shared == (original_of(weight).shape != value.shape):
+                encode(weight, Mask(mask))
+                frozen.add(weight.name)
+        return frozen
 
     def _trim(self, run: Run) -> list[Change]:
         """Cut zero borders off the kernels of the layers under penalty."""
@@ -436,18 +442,18 @@ class StructuredSparsity(ChannelMethod):
             for name, size in before.items()
         ]
 
-    def _zeros(self, run: Run) -> list[Change]:
-        """What the masks hold."""
-        found, before = [], self.memory(run)["nonzeros"]
+    def _zeros(self, frozen: set[str]) -> list[Change]:
+        """What the new masks hold."""
+        found, method = [], self.method_name()
         for weight, strengths in self._penalized():
-            mask, now = encoding_of(weight, Mask), nonzeros(weight.value)
-            if mask is not None and now != before[weight.name]:
-                share = float((~mask.mask).float().mean())
-                note = f"{share:.0%} of what is left are frozen zeros in a dense layer"
-                if "depth" in strengths and not now:
-                    note = "all of it is zero: only the path around it is left"
-                name, method = weight.name, self.method_name()
-                found.append(Change(name, "nonzeros", before[name], now, method, note))
+            mask = encoding_of(weight, Mask)
+            if weight.name not in frozen or mask is None or mask.mask.all():
+                continue
+            zeros = int((~mask.mask).sum())
+            note = f"{zeros / mask.mask.numel():.0%} of a weight that is still computed whole"
+            if "depth" in strengths and not weight.value.any():
+                note = "all that is left: only the path around the layer counts"
+            found.append(Change(weight.name, "frozen zeros", 0, zeros, method, note))
         return found
 
 

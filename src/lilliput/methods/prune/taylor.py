@@ -32,9 +32,9 @@ The surprising rule: the loss must be a mean over the batch, as tasks have it; e
 the batch's times the number of examples. Channels that no plain module reads (inside fused attention)
 have no activation to watch: they stay whole, unless the criterion looks at weights.
 
-Cost: nothing to speak of while training; one forward and backward pass over the samples otherwise. When not
-to use it: without labels (use apoz or filter_l1); with a loss at its minimum for every example, where all
-gradients vanish.
+Cost: while training about a tenth of a step, and an analysis of the network for each removal; one forward
+and backward pass over the samples otherwise. When not to use it: without labels (use apoz or filter_l1);
+with a loss at its minimum for every example, where all gradients vanish.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ from ...core.registry import method
 from ...core.run import Run
 from ...core.task import answer, batch_size
 from ...core.types import Batch, Change, NonNegative
-from ...errors import InputError
+from ...errors import InputError, NothingMatched
 from ...measure import macs, size
 from ...mechanisms.budget import Normalize, Scope, lowest
 from ...mechanisms.groups import Group, Groups, Site
 from ...mechanisms.groups.classes import Removal
-from ._activations import Watch, by_channel, by_example, calibrating, own_use, uses
+from ._activations import Watch, by_channel, by_example, calibrating, named, own_use, uses
 from ._channels import ChannelMethod
 from ._costs import Costs
 from ._norms import filters, rows
@@ -171,8 +171,7 @@ class Sums:
         self._effects: dict[int, Tensor] = {}
         if not memory:
             zeros = [torch.zeros(g.channels, dtype=torch.float64) for g in self.groups]
-            memory.update(examples=0, first=zeros, second=[z.clone() for z in zeros])
-            memory["values"] = [0] * len(zeros)
+            memory.update(first=zeros, second=[z.clone() for z in zeros], count=[0] * len(zeros))
 
     def begin(self, batch: Batch) -> None:
         """A batch is about to run."""
@@ -215,25 +214,33 @@ class Sums:
         """
         for number in self.meant if self.method.criterion == "weight_gradient" else ():
             found = weight_gradient(*self._filters(number, gradients))
-            self._add("first", number, found * self._examples)
+            self._add(number, self._examples, found * self._examples)
         for number, effect in self._effects.items():
             each = effect * (self._examples / self._positions[number])
             # Where a scaled 16-bit loss overflows, the optimizer skips the step; so does the criterion.
             each = torch.nan_to_num(each, nan=0.0, posinf=0.0, neginf=0.0)
-            self._add("first", number, over_examples(each, batch_mean=self.method.batch_mean))
-        self.memory["examples"] += self._examples
+            summed = over_examples(each, batch_mean=self.method.batch_mean)
+            self._add(number, self._examples, summed)
         self._uses, self._effects = [], {}
 
     def result(self, number: int) -> np.ndarray:
-        """The criterion of each channel of a group."""
-        first, second = self.memory["first"][number], self.memory["second"][number]
-        examples, values = self.memory["examples"], self.memory["values"][number]
-        if self.method.criterion == "mean":
-            found = first / values
-        elif self.method.criterion == "std":
-            found = (second / values - (first / values).square()).clamp(min=0).sqrt()
-        else:
-            found = first.abs() / examples
+        """The criterion of each channel of a group.
+
+        Raises:
+            InputError: nothing has been seen of the group.
+        """
+        first, second, count = (self.memory[name][number] for name in ("first", "second", "count"))
+        if not count:
+            raise InputError(
+                f"taylor: no gradient came through the channels of {self.groups[number].name}: the loss does "
+                "not depend on them, or they are bypassed. Leave the layer out with layers: "
+                f"'!{self.groups[number].name}'."
+            )
+        found = first / count
+        if self.method.criterion == "std":
+            found = (second / count - found.square()).clamp(min=0).sqrt()
+        elif self.method.criterion != "mean":
+            found = found.abs()
         return np.asarray(found.numpy())
 
     def weights(self) -> dict[str, Tensor]:
@@ -272,13 +279,16 @@ class Sums:
             torch.cat([rows(gradients[m.tensor], m) for m in makers], dim=1),
         )
 
-    def _add(self, name: str, number: int, values: Tensor) -> None:
-        self.memory[name][number] += values.double().cpu()
+    def _add(self, number: int, count: int, first: Tensor, second: Tensor | None = None) -> None:
+        self.memory["count"][number] += count
+        self.memory["first"][number] += first.double().cpu()
+        if second is not None:
+            self.memory["second"][number] += second.cpu()
 
     def _add_moments(self, number: int, values: Tensor) -> None:
-        self._add("first", number, values.double().sum(dim=(0, 2)))
-        self._add("second", number, values.double().square().sum(dim=(0, 2)))
-        self.memory["values"][number] += values.shape[0] * values.shape[2]
+        wide = values.double()
+        sums, squares = wide.sum(dim=(0, 2)), wide.square().sum(dim=(0, 2))
+        self._add(number, values.shape[0] * values.shape[2], sums, squares)
 
 
 @method
@@ -334,11 +344,8 @@ class Taylor(ChannelMethod):
 
     def takes_part(self, groups: Groups) -> list[bool]:
         """Whether the settings mean each of the groups, and its activations can be watched if need be."""
-        blind = {group.name for group in self._blind(groups)}
-        return [
-            mine and group.name not in blind
-            for mine, group in zip(super().takes_part(groups), groups.groups, strict=True)
-        ]
+        meant = super().takes_part(groups)
+        return [m and self._watchable(g) for m, g in zip(meant, groups.groups, strict=True)]
 
     def scores(self, run: Run, groups: Groups) -> Sequence[np.ndarray]:
         """The criterion, not normalized; of channels that take no part, 0."""
@@ -374,6 +381,8 @@ class Taylor(ChannelMethod):
     def attach(self, run: Run) -> None:
         """Remove for the first time, unless that waits for gradients of training."""
         self.memory(run).update(sums={}, reached=False, rest=False)
+        if any(named(group, self.layers) for group in self._blind(self.groups(run))):
+            raise self._nothing(self.groups(run))
         super().attach(run)
 
     def before_step(self, run: Run) -> None:
@@ -402,9 +411,8 @@ class Taylor(ChannelMethod):
     def finish(self, run: Run) -> list[Change]:
         """Remove what is still above the target; report the widths."""
         self._stop_watching()
-        memory = self.memory(run)
-        if not self.settled(run) and run.total_steps:
-            memory["rest"] = True
+        if self.every is not None and run.total_steps and not self.settled(run):
+            self.memory(run)["rest"] = True
             self._prune(run, self.rounds)
         return super().finish(run)
 
@@ -424,6 +432,24 @@ class Taylor(ChannelMethod):
 
     # -- how ----------------------------------------------------------------------------------------
 
+    def _watchable(self, group: Group) -> bool:
+        return self.criterion not in _WATCHING or bool(uses(group))
+
+    def _blind(self, groups: Groups) -> list[Group]:
+        """The groups that the settings mean and that cannot be watched."""
+        meant = super().takes_part(groups)
+        found = zip(groups.groups, meant, strict=True)
+        return [group for group, mine in found if mine and not self._watchable(group)]
+
+    def _nothing(self, groups: Groups) -> NothingMatched:
+        blind = ", ".join(group.name for group in self._blind(groups))
+        if not blind:
+            return super()._nothing(groups)
+        return NothingMatched(
+            f"taylor: the channels of {blind} are read where no activation can be watched (inside of fused "
+            "attention, or by a bare parameter). Choose other layers, or criterion: weight_gradient."
+        )
+
     def _stop_watching(self) -> None:
         if self._watch is not None:
             self._watch.close()
@@ -433,7 +459,7 @@ class Taylor(ChannelMethod):
         """What training has added up since the last removal, or else calibration."""
         memory = self.memory(run).get("sums") or {}
         sums = Sums(self, run.model, groups, meant, memory)
-        if memory["examples"]:
+        if any(memory["count"]):
             return sums
         weights = sums.weights().values() if self.criterion == "weight_gradient" else ()
         with torch.enable_grad(), _trainable(weights), calibrating(run, sums.sites, sums.see):

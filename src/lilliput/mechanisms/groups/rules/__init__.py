@@ -9,15 +9,15 @@ only what loses its meaning on the way, such as an LSTM, is met as a function ca
 
 from . import contractions, elementwise, functions, indexing, normalization, shapes, spatial
 from .base import Call, follow
-from .functions import handler
+from .functions import call_function
 
 __all__ = [
     "Call",
+    "call_function",
     "contractions",
     "elementwise",
     "follow",
     "functions",
-    "handler",
     "indexing",
     "normalization",
     "shapes",

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..labels import Context, Dims
 from ..trace import Trace
 
-Outputs: TypeAlias = Dims | list[Dims | None]
+#: Labels of the one output, or of each of several; None for one that is no tensor or stays.
+Outputs: TypeAlias = Dims | Sequence[Dims | None]
 
 
 class Call:
@@ -27,9 +28,7 @@ class Call:
 
     __slots__ = ("args", "kwargs", "out", "tensors", "trace")
 
-    def __init__(
-        self, trace: Trace, args: Sequence[Any], kwargs: dict[str, Any], out: Any
-    ) -> None:
+    def __init__(self, trace: Trace, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         self.trace, self.args, self.kwargs, self.out = trace, args, kwargs, out
         self.tensors = tensors_in((*args, *kwargs.values()))
 
@@ -55,7 +54,7 @@ class Call:
 Rule: TypeAlias = Callable[[Call], Outputs]
 
 _RULES: dict[str, Rule] = {}
-_FOUND: dict[Any, Rule | None] = {}
+_FOUND: dict[Any, Rule | None] = {}  # by operator, as they come
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -69,20 +68,37 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def follow(trace: Trace, operator: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+def follow(
+    trace: Trace, operator: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
+) -> None:
     """Give labels to what an operator returned."""
-    found = _FOUND.get(operator, _RULES)
-    known = _find(operator) if found is _RULES else found
+    if operator not in _FOUND:
+        _FOUND[operator] = _find(operator)
+    known = _FOUND[operator]
     trace.labels.context = Context(operator, trace.module)
     call = Call(trace, args, kwargs, out)
     static = all(trace.is_static(t) for t in call.tensors)
-    dims = _unknown(call, operator) if known is None else known(call)
+    dims: Any = None if known is None else known(call)
+    if dims is None or not _fits(out, dims):
+        dims = _unknown(call, operator)
     if isinstance(out, Tensor):
-        trace.put(out, dims, static)  # type: ignore[arg-type]
+        trace.put(out, dims, static)
     elif isinstance(out, list | tuple):
         for tensor, its in zip(out, dims, strict=True):
             if isinstance(tensor, Tensor):
-                trace.put(tensor, its if its is not None else call.still(tensor), static)  # type: ignore[arg-type]
+                trace.put(tensor, call.still(tensor) if its is None else its, static)
+
+
+def _fits(out: Any, dims: Any) -> bool:
+    """Whether a rule has answered with one label for each index."""
+    if isinstance(out, Tensor):
+        return [len(dim) for dim in dims] == list(out.shape)
+    if not isinstance(out, list | tuple):
+        return True
+    pairs = [
+        (t, d) for t, d in zip(out, dims, strict=False) if isinstance(t, Tensor) and d is not None
+    ]
+    return len(out) == len(dims) and all(_fits(t, d) for t, d in pairs)
 
 
 def tensors_in(values: Any) -> list[Tensor]:
@@ -103,18 +119,19 @@ def _find(operator: Any) -> Rule | None:
     found = _RULES.get(name) or _RULES.get(plain)
     if found is None:
         forms = getattr(getattr(torch.ops, namespace), plain, operator)
-        overloads = [getattr(forms, o) for o in forms.overloads()] if hasattr(forms, "overloads") else []
+        overloads = (
+            [getattr(forms, o) for o in forms.overloads()] if hasattr(forms, "overloads") else []
+        )
         if any(torch.Tag.pointwise in form.tags for form in (operator, *overloads)):
             found = _RULES["pointwise"]
-    _FOUND[operator] = found
     return found
 
 
 def _unknown(call: Call, operator: Any) -> Outputs:
-    """Tie everything: prunability is lost, correctness is not."""
+    """Tie everything that takes part: prunability is lost, correctness is not."""
     trace, name = call.trace, str(operator)
     trace.unknown[name] = trace.unknown.get(name, 0) + 1
-    why = "this operator has no rule"
+    why = "no rule covers this operator"
     for tensor in call.tensors:
         for labels in trace.dims(tensor):
             trace.labels.fix(labels, why)

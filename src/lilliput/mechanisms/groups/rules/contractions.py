@@ -17,11 +17,13 @@ from .base import Call, Outputs, rule
 
 @rule("mm", "bmm", "matmul", "mv", "dot", "_int_mm")
 def product(call: Call) -> Outputs:
+    """Matrix product."""
     return _product(call, call.args[0], call.args[1])
 
 
 @rule("addmm", "baddbmm", "addbmm", "addmv", "_addmm_activation")
 def product_with_bias(call: Call) -> Outputs:
+    """Matrix product plus a bias, which has one number along each column."""
     out = _product(call, call.args[1], call.args[2])
     bias = call.dims(0)
     for mine, theirs in zip(reversed(bias), reversed(out), strict=False):
@@ -32,6 +34,7 @@ def product_with_bias(call: Call) -> Outputs:
 
 @rule("linear")
 def linear(call: Call) -> Outputs:
+    """Product with a transposed weight."""
     x, weight = call.dims(0), call.dims(1)
     _contract(call, (call.args[0], x[-1]), (call.args[1], weight[-1]))
     if len(weight) == 1:
@@ -44,6 +47,7 @@ def linear(call: Call) -> Outputs:
 
 @rule("convolution", "_convolution", "mkldnn_convolution", "convolution_overrideable")
 def convolution(call: Call) -> Outputs:
+    """Sum over the input channels of each group; positions stay."""
     x, weight, labels = call.dims(0), call.dims(1), call.trace.labels
     transposed, groups = bool(call.arg(6, False)), int(call.arg(8, 1))
     for dim in (*x[2:], *weight[2:]):
@@ -112,6 +116,7 @@ def _contract_groups(call: Call, x: Dim, used: Dim, groups: int) -> None:
     "scaled_dot_product_attention",
 )
 def attention(call: Call) -> Outputs:
+    """Queries and keys are contracted, values are averaged over the positions."""
     labels = call.trace.labels
     query, key, value = (call.dims(k) for k in range(3))
     labels.equate(query[-1], key[-1])

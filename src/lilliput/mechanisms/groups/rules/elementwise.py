@@ -52,6 +52,7 @@ def nothing(call: Call) -> Outputs:
 
 @rule("_assert_tensor_metadata", "_has_compatible_shallow_copy_type", "record_stream")
 def ignored(call: Call) -> Outputs:
+    """Says nothing about widths."""
     return []
 
 
@@ -108,6 +109,7 @@ def ordering(call: Call) -> Outputs:
 
 @rule("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "diff")
 def running(call: Call) -> Outputs:
+    """Cumulative operators."""
     return _position(call, "each entry depends on those before it")
 
 
@@ -125,7 +127,12 @@ def _position(call: Call, why: str) -> Outputs:
 
 
 @rule("tril", "triu", "topk")
-def _all_stay(call: Call, why: str = "entries are chosen by position") -> Outputs:
+def chosen(call: Call) -> Outputs:
+    """Entries chosen by position or size."""
+    return _all_stay(call, "entries are chosen by position")
+
+
+def _all_stay(call: Call, why: str) -> Outputs:
     for dim in call.dims(0):
         call.trace.labels.fix(dim, why)
     outs = [call.out] if isinstance(call.out, Tensor) else list(call.out)
@@ -135,6 +142,7 @@ def _all_stay(call: Call, why: str = "entries are chosen by position") -> Output
 
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "softmin")
 def softmax(call: Call) -> Outputs:
+    """Probabilities over channels depend on how many there are."""
     x = call.dims(0)
     call.trace.labels.mix(x[call.arg(1, -1)], "softmax over it")
     return list(x)
@@ -160,6 +168,7 @@ def sequence(call: Call) -> Outputs:
 
 @rule("meshgrid", "broadcast_tensors")
 def grid(call: Call) -> Outputs:
+    """Coordinates of a grid."""
     for tensor in call.tensors:
         for dim in call.trace.dims(tensor):
             call.trace.labels.fix(dim, "it becomes a grid")
@@ -179,6 +188,7 @@ def glu(call: Call) -> Outputs:
 
 @rule("view_as_real", "view_as_complex")
 def complex_view(call: Call) -> Outputs:
+    """A last dim of two appears or disappears."""
     x = call.dims(0)
     pair = call.trace.labels.still(2)
     if call.out.dim() > len(x):

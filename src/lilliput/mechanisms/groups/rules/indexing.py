@@ -19,6 +19,7 @@ def embedding(call: Call) -> Outputs:
 
 @rule("_embedding_bag", "embedding_bag", "_embedding_bag_forward_only")
 def embedding_bag(call: Call) -> Outputs:
+    """Rows are looked up by number and summed."""
     table = call.dims(0)
     call.trace.labels.fix(table[0], "its rows are looked up by number")
     call.trace.mark(table[1], "makes")
@@ -59,6 +60,7 @@ def _meet(call: Call, indices: list[Tensor]) -> Dims:
 
 @rule("index_select")
 def index_select(call: Call) -> Outputs:
+    """Chosen entries of one dim."""
     x = list(call.dims(0))
     if x:
         at = call.args[1] % len(x)
@@ -69,6 +71,7 @@ def index_select(call: Call) -> Outputs:
 
 @rule("gather", "take_along_dim")
 def gather(call: Call) -> Outputs:
+    """Chosen entries, for every place on its own."""
     x, places, labels = call.dims(0), call.dims(2), call.trace.labels
     at = call.args[1] % len(x)
     labels.fix(x[at], "its entries are looked up by number")
@@ -96,6 +99,7 @@ def by_number(call: Call) -> Outputs:
 
 @rule("slice_scatter")
 def slice_scatter(call: Call) -> Outputs:
+    """A part is replaced by another tensor."""
     x, part = list(call.dims(0)), call.dims(1)
     at = call.arg(2, 0) % len(x)
     for k, (mine, theirs) in enumerate(zip(x, part, strict=True)):
@@ -107,6 +111,7 @@ def slice_scatter(call: Call) -> Outputs:
 
 @rule("select_scatter")
 def select_scatter(call: Call) -> Outputs:
+    """One entry is replaced by another tensor."""
     x, part = list(call.dims(0)), call.dims(1)
     at = call.args[2] % len(x)
     call.trace.labels.fix(x[at], "one entry of it is replaced")

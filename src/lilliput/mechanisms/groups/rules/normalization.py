@@ -28,6 +28,7 @@ def _with_statistics(call: Call) -> Outputs:
     "instance_norm", "miopen_batch_norm",
 )  # fmt: skip
 def batch_norm(call: Call) -> Outputs:
+    """One number along each channel; statistics are per channel."""
     x = call.dims(0)
     for position in range(1, 5):
         _along(call, position, x[1])
@@ -39,6 +40,7 @@ def batch_norm(call: Call) -> Outputs:
 
 @rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm", "_native_rms_norm")
 def layer_norm(call: Call) -> Outputs:
+    """A statistic over the last dims, with one number along each of their entries."""
     x, labels = call.dims(0), call.trace.labels
     inner = x[len(x) - len(call.args[1]) :]
     for dim in inner:

@@ -39,7 +39,10 @@ def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int],
     found = []
     i = j = 0
     while i < len(before) or j < len(after):
-        left, right = list(range(i, min(i + 1, len(before)))), list(range(j, min(j + 1, len(after))))
+        left, right = (
+            list(range(i, min(i + 1, len(before)))),
+            list(range(j, min(j + 1, len(after)))),
+        )
         i, j = i + 1, j + 1
         m, n = (before[left[0]] if left else 1), (after[right[0]] if right else 1)
         while m != n:
@@ -115,12 +118,14 @@ def _varies(grid: Any, axis: int) -> bool:
 
 @rule("permute", "permute_copy")
 def permute(call: Call) -> Outputs:
+    """Dims change places."""
     x = call.dims(0)
     return [x[k] for k in call.args[1]]
 
 
 @rule("transpose", "transpose_copy", "swapaxes", "swapdims")
 def transpose(call: Call) -> Outputs:
+    """Two dims change places."""
     x, (i, j) = list(call.dims(0)), call.args[1:3]
     x[i], x[j] = x[j], x[i]
     return x
@@ -128,12 +133,14 @@ def transpose(call: Call) -> Outputs:
 
 @rule("t", "t_copy", "numpy_T", "adjoint", "mT", "mH")
 def matrix_transpose(call: Call) -> Outputs:
+    """The last two dims change places."""
     x = call.dims(0)
     return [*x[:-2], *x[-2:][::-1]]
 
 
 @rule("movedim", "moveaxis")
 def movedim(call: Call) -> Outputs:
+    """Some dims move, the others keep their order."""
     x = call.dims(0)
     here, there = ([k] if isinstance(k, int) else list(k) for k in call.args[1:3])
     here, there = [k % len(x) for k in here], [k % len(x) for k in there]
@@ -155,6 +162,7 @@ def expand(call: Call) -> Outputs:
 
 @rule("repeat", "tile")
 def repeat(call: Call) -> Outputs:
+    """A repeated channel has several indices; a repeated single entry takes on any width."""
     x, labels = call.dims(0), call.trace.labels
     x = [labels.still(1)] * (len(call.shape) - len(x)) + list(x)
     return [
@@ -165,6 +173,7 @@ def repeat(call: Call) -> Outputs:
 
 @rule("repeat_interleave")
 def repeat_interleave(call: Call) -> Outputs:
+    """The same, entry by entry."""
     x, out = call.dims(0), []
     for dim, size in zip(x, call.shape, strict=False):
         out.append(np.repeat(dim, size // max(len(dim), 1)))
@@ -177,7 +186,10 @@ def repeat_interleave(call: Call) -> Outputs:
 
 @rule("cat", "concat", "concatenate", "_cat")
 def cat(call: Call) -> Outputs:
-    tensors = [t for t in call.args[0] if t.dim() == call.out.dim()]  # an empty one may have one dim
+    """Labels one after the other."""
+    tensors = [
+        t for t in call.args[0] if t.dim() == call.out.dim()
+    ]  # an empty one may have one dim
     xs = [call.trace.dims(t) for t in tensors]
     at = call.arg(1, call.kwargs.get("dim", 0)) % len(xs[0])
     for k, dim in enumerate(xs[0]):
@@ -191,6 +203,7 @@ def cat(call: Call) -> Outputs:
 
 @rule("stack", "hstack", "vstack", "dstack")
 def stack(call: Call) -> Outputs:
+    """The tensors are alike, and how many there are stays."""
     xs = [call.trace.dims(t) for t in call.tensors]
     at = call.arg(1, call.kwargs.get("dim", 0)) % call.out.dim()
     for x in xs[1:]:
@@ -223,6 +236,7 @@ def split(call: Call) -> Outputs:
 
 @rule("unbind", "unbind_copy")
 def unbind(call: Call) -> Outputs:
+    """One tensor for each entry of a dim."""
     x = call.dims(0)
     at = call.arg(1, 0) % len(x)
     call.trace.labels.fix(x[at], "its entries are taken apart")
@@ -231,6 +245,7 @@ def unbind(call: Call) -> Outputs:
 
 @rule("select", "select_copy")
 def select(call: Call) -> Outputs:
+    """One entry; those before it could not go without shifting it."""
     x = call.dims(0)
     at, index = call.args[1] % len(x), call.args[2]
     others = x[at][: index + 1] if index >= 0 else x[at][index:]  # removing these would shift it
@@ -240,6 +255,7 @@ def select(call: Call) -> Outputs:
 
 @rule("slice", "slice_copy")
 def slice_(call: Call) -> Outputs:
+    """A part of a dim."""
     x = list(call.dims(0))
     at = call.arg(1, 0) % len(x)
     begin, step = call.arg(2) or 0, call.arg(4, 1)
@@ -260,6 +276,7 @@ def _tie_steps(trace: Trace, dim: Dim, step: int) -> None:
 
 @rule("narrow", "narrow_copy")
 def narrow(call: Call) -> Outputs:
+    """A part of a dim."""
     x = list(call.dims(0))
     at, begin = call.args[1] % len(x), call.args[2]
     x[at] = x[at][begin : begin + call.args[3]]
@@ -268,6 +285,7 @@ def narrow(call: Call) -> Outputs:
 
 @rule("flip", "fliplr", "flipud")
 def flip(call: Call) -> Outputs:
+    """The other way round."""
     x = list(call.dims(0))
     for k in call.args[1]:
         x[k] = x[k][::-1]
@@ -276,6 +294,7 @@ def flip(call: Call) -> Outputs:
 
 @rule("roll", "rot90")
 def roll(call: Call) -> Outputs:
+    """What is rolled depends on how many there are."""
     x, labels = call.dims(0), call.trace.labels
     rolled = {k % len(x) for k in call.arg(2, [])} or set(range(len(x)))
     for k in rolled:
@@ -292,6 +311,7 @@ def as_strided(call: Call) -> Outputs:
 
 @rule("diagonal", "diag", "diag_embed", "trace")
 def irregular(call: Call) -> Outputs:
+    """Entries picked by position."""
     for dim in call.dims(0):
         call.trace.labels.fix(dim, "entries are picked from it")
     return call.still(call.out)
@@ -345,6 +365,7 @@ def shuffle(call: Call) -> Outputs:
 
 @rule("pixel_unshuffle")
 def unshuffle(call: Call) -> Outputs:
+    """Every channel becomes several."""
     x, labels = list(call.dims(0)), call.trace.labels
     for k in (-1, -2):
         labels.fix(x[k], "pixels are shuffled")
@@ -364,6 +385,7 @@ def im2col(call: Call) -> Outputs:
 
 @rule("col2im")
 def col2im(call: Call) -> Outputs:
+    """A window's entries become one channel again."""
     x, labels = call.dims(0), call.trace.labels
     rows = x[-2].reshape(call.shape[-3], -1)
     labels.equate(rows[:, :1], rows)

@@ -26,6 +26,7 @@ def _positions_stay(call: Call, count: int) -> Outputs:
     "max_pool1d_with_indices",
 )  # fmt: skip
 def one_dimensional(call: Call) -> Outputs:
+    """The last dim is a position."""
     return _positions_stay(call, 1)
 
 
@@ -37,6 +38,7 @@ def one_dimensional(call: Call) -> Outputs:
     "reflection_pad2d", "replication_pad2d", "max_unpool2d", "mkldnn_max_pool2d",
 )  # fmt: skip
 def two_dimensional(call: Call) -> Outputs:
+    """The last two dims are positions."""
     return _positions_stay(call, 2)
 
 
@@ -46,11 +48,13 @@ def two_dimensional(call: Call) -> Outputs:
     "_upsample_nearest_exact3d", "reflection_pad3d", "replication_pad3d", "max_unpool3d",
 )  # fmt: skip
 def three_dimensional(call: Call) -> Outputs:
+    """The last three dims are positions."""
     return _positions_stay(call, 3)
 
 
 @rule("grid_sampler_2d", "grid_sampler_3d", "grid_sampler", "cudnn_grid_sampler")
 def grid_sample(call: Call) -> Outputs:
+    """Positions are looked up; the grid stays."""
     x, labels = call.dims(0), call.trace.labels
     for dim in (*x[2:], *call.dims(1)):
         labels.fix(dim, "it is sampled at positions")
@@ -59,4 +63,5 @@ def grid_sample(call: Call) -> Outputs:
 
 @rule("affine_grid_generator")
 def affine_grid(call: Call) -> Outputs:
+    """A grid of positions."""
     return call.still(call.out)
