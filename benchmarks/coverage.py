@@ -232,7 +232,7 @@ def run(model: nn.Module, x: Tensor) -> list[tuple[int, ...]]:
 @torch.no_grad()
 def macs(model: nn.Module, x: Tensor) -> int:
     with FlopCounterMode(display=False) as counter:
-        skeleton(model)(x.to("meta"))
+        skeleton(model).requires_grad_(False)(x.to("meta"))
     return counter.get_total_flops() // 2
 
 

@@ -473,6 +473,13 @@ def test_rounds_are_spread_over_the_stage() -> None:
     assert seen == [expected[min(step // 2, 3)] for step in range(16)]
 
 
+def test_rounds_over_all_layers_together_reach_the_same_total() -> None:
+    method = FilterL1(keep=0.5, scope="global", round_to=1, rounds=4, until=0.5)
+    totals = [sum(widths) for widths in widths_over_time(method, 16)]
+    assert totals[0::4] == [35, 25, 20, 20]  # 7/8, 5/8 (the third round), 4/8 of 40 channels
+    assert totals[2] == 30
+
+
 def test_rounds_in_a_loop_of_ones_own_need_the_optimizer() -> None:
     network = NETWORKS[0]
     net = network.build()

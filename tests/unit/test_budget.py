@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lilliput.errors import InputError
-from lilliput.measure import macs, size
+from lilliput.measure import Macs, macs, size
 from lilliput.mechanisms.budget import (
     Budget,
     by_importance,
@@ -248,6 +248,26 @@ def test_prices_equal_what_the_cut_network_measures(data: Any) -> None:
     assert costs.parameters(kept) == size(thin).parameters
     assert costs.bytes(kept) == size(thin).dense_bytes
     assert round(costs.macs(kept)) == macs(thin, x).total
+
+
+def test_bytes_are_each_tensors_own() -> None:
+    net = nn.Sequential(nn.Linear(4, 8).bfloat16(), nn.Linear(8, 2).double())
+    groups = [
+        Group(
+            8,
+            tuple(
+                Member(name, dim, role, np.arange(8)[:, None])
+                for name, dim, role in (
+                    ("0.weight", 0, "makes"),
+                    ("0.bias", 0, "along"),
+                    ("1.weight", 1, "uses"),
+                )
+            ),
+        )
+    ]
+    nothing = Macs(0, 0, {}, {})
+    costs = Costs(groups, size(net), nothing)
+    assert costs.bytes(np.array([3])) == 3 * (4 + 1) * 2 + (2 * 3 + 2) * 8
 
 
 def test_attention_is_priced_by_a_real_cut() -> None:

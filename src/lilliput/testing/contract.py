@@ -32,6 +32,7 @@ from ..engine.progress import Watcher
 from ..engine.recipes import load_recipe, to_yaml, validate
 from ..errors import LilliputError, NothingMatched, RecipeError
 from ..mechanisms.encodings import describe, rebuild
+from ..mechanisms.surgery import apply_plan, plan_of
 from .examples import registered_examples
 from .networks import NETWORKS, TinyNetwork
 
@@ -205,6 +206,9 @@ class MethodContract:
         def look(run: Run) -> None:
             expected = _logits(run.model, inputs)
             rebuilt = network.build(seed=1)
+            plan = plan_of(run.model)
+            if plan is not None:
+                apply_plan(rebuilt, plan)
             rebuild(rebuilt, describe(run.model))
             rebuilt.load_state_dict(run.model.state_dict())
             copied = copy.deepcopy(run.model)
