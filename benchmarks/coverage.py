@@ -47,36 +47,42 @@ SIZES = (64, 96, 128, 160, 192, 224, 240, 256, 299, 384)
 KEEP, LIGHTER, TOLERANCE, SECONDS = 0.5, 0.8, 1e-5, 600
 
 CLASSIFICATION = """
-alexnet vgg11 vgg13_bn vgg16 vgg19_bn squeezenet1_0 squeezenet1_1 resnet18 resnet34 resnet50 resnet101 resnet152
-resnext50_32x4d resnext101_32x8d wide_resnet50_2 densenet121 densenet161 densenet169 densenet201 googlenet
-inception_v3 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet0_5 mnasnet1_0 shufflenet_v2_x0_5
-shufflenet_v2_x1_0 efficientnet_b0 efficientnet_b3 efficientnet_v2_s regnet_x_400mf regnet_x_3_2gf regnet_y_400mf
-regnet_y_3_2gf convnext_tiny convnext_small vit_b_16 vit_b_32 swin_t swin_s swin_v2_t swin_v2_s maxvit_t
-mnasnet1_3 shufflenet_v2_x2_0
+alexnet vgg11 vgg13_bn vgg16 vgg19_bn squeezenet1_0 squeezenet1_1 resnet18 resnet34 resnet50
+resnet101 resnet152 resnext50_32x4d resnext101_32x8d wide_resnet50_2 densenet121 densenet161
+densenet169 densenet201 googlenet inception_v3 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large
+mnasnet0_5 mnasnet1_0 shufflenet_v2_x0_5 shufflenet_v2_x1_0 efficientnet_b0 efficientnet_b3
+efficientnet_v2_s regnet_x_400mf regnet_x_3_2gf regnet_y_400mf regnet_y_3_2gf convnext_tiny
+convnext_small vit_b_16 vit_b_32 swin_t swin_s swin_v2_t swin_v2_s maxvit_t mnasnet1_3
+shufflenet_v2_x2_0
 """
-SEGMENTATION = "fcn_resnet50 deeplabv3_resnet50 deeplabv3_mobilenet_v3_large lraspp_mobilenet_v3_large"
+SEGMENTATION = (
+    "fcn_resnet50 deeplabv3_resnet50 deeplabv3_mobilenet_v3_large lraspp_mobilenet_v3_large"
+)
 TIMM = """
-beit_base_patch16_224 botnet26t_256 caformer_s18 cait_xxs24_224 coat_lite_tiny
-coat_tiny coatnet_0_rw_224 convformer_s18 convit_tiny convmixer_768_32 convnext_atto convnextv2_atto crossvit_9_240
-crossvit_tiny_240 cs3darknet_focus_s cs3sedarknet_l cspdarknet53 cspresnet50 cspresnext50 darknet53 davit_tiny
-deit3_small_patch16_224 deit_tiny_distilled_patch16_224 deit_tiny_patch16_224 densenet121 dla34 dla46x_c
-dm_nfnet_f0 dpn48b dpn68 eca_botnext26ts_256 ecaresnet26t edgenext_small edgenext_xx_small efficientformer_l1
-efficientformerv2_s0 efficientnet_b0 efficientnet_es efficientvit_b0 efficientvit_m0 ese_vovnet19b_dw
-eva02_tiny_patch14_224 fasternet_t0 fastvit_sa12 fastvit_t8 fbnetc_100 flexivit_small focalnet_tiny_srf gcresnet33ts
-gcvit_xxtiny gernet_s ghostnet_050 ghostnetv2_100 gmixer_12_224 gmlp_ti16_224 halonet26t hardcorenas_a hgnetv2_b0
-hiera_tiny_224 hrnet_w18_small inception_next_atto inception_resnet_v2 inception_v4 lambda_resnet26t lcnet_050
-legacy_senet154 legacy_seresnet18 legacy_xception levit_128s mambaout_femto maxvit_tiny_rw_224
-maxxvit_rmlp_nano_rw_256 mixer_s32_224 mixnet_m mixnet_s mobilenetv3_small_050 mobilenetv4_conv_small
-mobilenetv4_hybrid_medium mobileone_s0 mobilevit_xxs mobilevitv2_050 mvitv2_tiny nasnetalarge nest_tiny nextvit_small
-nf_regnet_b0 nf_resnet26 pit_ti_224 pnasnet5large poolformer_s12 poolformerv2_s12 pvt_v2_b0 pvt_v2_b2_li rdnet_tiny
-regnetx_002 regnety_002 regnetz_005 repghostnet_050 repvgg_a0 repvit_m1 res2net101_26w_4s res2net50_14w_8s res2next50
-resmlp_12_224 resnest14d resnest26d resnet26t resnetaa50 resnetblur50 resnetrs50 resnetv2_18 resnetv2_50x1_bit
-rexnet_100 selecsls42 semnasnet_075 sequencer2d_s seresnet33ts seresnext26t_32x4d shvit_s1 skresnet18
-skresnext50_32x4d spnasnet_100 starnet_s050 swiftformer_xs swin_s3_tiny_224 swin_tiny_patch4_window7_224
-swinv2_cr_tiny_224 swinv2_tiny_window8_256 tf_efficientnetv2_b0 tf_mixnet_s tiny_vit_5m_224 tinynet_e
-tnt_s_legacy_patch16_224 tresnet_m twins_pcpvt_small twins_svt_small visformer_tiny vit_relpos_small_patch16_224
-vit_small_patch32_224 vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224 wide_resnet50_2 xception41 xception41p
-xcit_nano_12_p16_224 xcit_tiny_12_p8_224
+beit_base_patch16_224 botnet26t_256 caformer_s18 cait_xxs24_224 coat_lite_tiny coat_tiny
+coatnet_0_rw_224 convformer_s18 convit_tiny convmixer_768_32 convnext_atto convnextv2_atto
+crossvit_9_240 crossvit_tiny_240 cs3darknet_focus_s cs3sedarknet_l cspdarknet53 cspresnet50
+cspresnext50 darknet53 davit_tiny deit3_small_patch16_224 deit_tiny_distilled_patch16_224
+deit_tiny_patch16_224 densenet121 dla34 dla46x_c dm_nfnet_f0 dpn48b dpn68 eca_botnext26ts_256
+ecaresnet26t edgenext_small edgenext_xx_small efficientformer_l1 efficientformerv2_s0
+efficientnet_b0 efficientnet_es efficientvit_b0 efficientvit_m0 ese_vovnet19b_dw
+eva02_tiny_patch14_224 fasternet_t0 fastvit_sa12 fastvit_t8 fbnetc_100 flexivit_small
+focalnet_tiny_srf gcresnet33ts gcvit_xxtiny gernet_s ghostnet_050 ghostnetv2_100 gmixer_12_224
+gmlp_ti16_224 halonet26t hardcorenas_a hgnetv2_b0 hiera_tiny_224 hrnet_w18_small inception_next_atto
+inception_resnet_v2 inception_v4 lambda_resnet26t lcnet_050 legacy_senet154 legacy_seresnet18
+legacy_xception levit_128s mambaout_femto maxvit_tiny_rw_224 maxxvit_rmlp_nano_rw_256 mixer_s32_224
+mixnet_m mixnet_s mobilenetv3_small_050 mobilenetv4_conv_small mobilenetv4_hybrid_medium
+mobileone_s0 mobilevit_xxs mobilevitv2_050 mvitv2_tiny nasnetalarge nest_tiny nextvit_small
+nf_regnet_b0 nf_resnet26 pit_ti_224 pnasnet5large poolformer_s12 poolformerv2_s12 pvt_v2_b0
+pvt_v2_b2_li rdnet_tiny regnetx_002 regnety_002 regnetz_005 repghostnet_050 repvgg_a0 repvit_m1
+res2net101_26w_4s res2net50_14w_8s res2next50 resmlp_12_224 resnest14d resnest26d resnet26t
+resnetaa50 resnetblur50 resnetrs50 resnetv2_18 resnetv2_50x1_bit rexnet_100 selecsls42 semnasnet_075
+sequencer2d_s seresnet33ts seresnext26t_32x4d shvit_s1 skresnet18 skresnext50_32x4d spnasnet_100
+starnet_s050 swiftformer_xs swin_s3_tiny_224 swin_tiny_patch4_window7_224 swinv2_cr_tiny_224
+swinv2_tiny_window8_256 tf_efficientnetv2_b0 tf_mixnet_s tiny_vit_5m_224 tinynet_e
+tnt_s_legacy_patch16_224 tresnet_m twins_pcpvt_small twins_svt_small visformer_tiny
+vit_relpos_small_patch16_224 vit_small_patch32_224 vit_tiny_r_s16_p8_224 vitamin_small_224
+volo_d1_224 wide_resnet50_2 xception41 xception41p xcit_nano_12_p16_224 xcit_tiny_12_p8_224
 """
 
 Row = dict[str, Any]
@@ -87,7 +93,11 @@ Row = dict[str, Any]
 
 def names() -> Iterator[str]:
     """``library:architecture`` of everything on the list."""
-    for library, listed in (("torchvision", CLASSIFICATION), ("segmentation", SEGMENTATION), ("timm", TIMM)):
+    for library, listed in (
+        ("torchvision", CLASSIFICATION),
+        ("segmentation", SEGMENTATION),
+        ("timm", TIMM),
+    ):
         yield from dict.fromkeys(f"{library}:{name}" for name in listed.split())
 
 
@@ -270,7 +280,9 @@ def judge_apart(name: str) -> Row:
 
 
 def load() -> dict[str, Row]:
-    return {r["name"]: r for r in json.loads(RESULTS.read_text())["rows"]} if RESULTS.exists() else {}
+    return (
+        {r["name"]: r for r in json.loads(RESULTS.read_text())["rows"]} if RESULTS.exists() else {}
+    )
 
 
 def save(rows: dict[str, Row]) -> None:

@@ -125,7 +125,9 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
-            module.running_mean.copy_(torch.randn(module.running_mean.shape, generator=generator) / 5)
+            module.running_mean.copy_(
+                torch.randn(module.running_mean.shape, generator=generator) / 5
+            )
             module.running_var.copy_(
                 torch.rand(module.running_var.shape, generator=generator) + 0.5
             )
