@@ -27,7 +27,6 @@ _HOMES = {
     "core.registry": ("architecture", "method", "task"),
     "core.task": ("Task", "accuracy"),
     "io": ("load", "save"),
-    "measure": ("measure",),
     "thinning": ("thin",),
 }
 _MODULES = ("artifact", "methods", "measure", "errors", "testing")

@@ -370,6 +370,7 @@ def kernel_net(**options: Any) -> nn.Module:
     "options",
     [
         {"padding": 2},
+        {"padding": 1},
         {"padding": 3, "stride": 2},
         {"padding": (4, 6), "dilation": (2, 3)},
         {"padding": "same"},
@@ -413,7 +414,7 @@ def test_borders_are_cut_alike_on_both_sides() -> None:
     conv.weight.data[:, :, :, [0, 1, 2, 5, 6]] = 0.0
     assert spare_border(conv) == [1, 2]
     conv.weight.data.zero_()
-    assert spare_border(conv) == [2, 2] or spare_border(conv) == [3, 3]
+    assert spare_border(conv) == [3, 3]
     reflecting = nn.Conv2d(2, 3, 5, padding=2, padding_mode="reflect")
     reflecting.weight.data[:, :, [0, 4]] = 0.0
     assert spare_border(reflecting) == [0, 0]
@@ -459,8 +460,9 @@ def test_a_zero_layer_leaves_next_to_nothing_of_its_block(zero: str, tmp_path: A
         net, task, [StructuredSparsity(penalty={"depth": 0.1})], directory=tmp_path
     )
     inputs = next(iter(task.validation)).inputs
-    assert result.model.b1.weight.shape == (1, 4, 3, 3)
-    assert result.model.b2.weight.shape == (4, 1, 3, 3)
+    assert result.model.b1.weight.shape[:2] == (1, 4)
+    assert result.model.b2.weight.shape[:2] == (4, 1)
+    assert result.model.get_submodule(zero).kernel_size == (1, 1)
     assert result.model.a1.weight.shape == (6, 4, 3, 3)
     torch.testing.assert_close(logits(result.model, inputs), logits(net, inputs))
     assert "only the path around the layer counts" in (tmp_path / "changes.json").read_text()

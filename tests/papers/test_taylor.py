@@ -550,3 +550,15 @@ def test_windows_of_one_example_belong_together() -> None:
 def test_activation_without_a_batch_is_refused() -> None:
     with pytest.raises(InputError, match="no dim holds the 5 examples"):
         by_example(torch.zeros(3, 2), Site("x", "input", 0, 0, 1, np.arange(2)[:, None]), 5)
+
+
+def test_a_pace_of_its_own_is_refused_under_several_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lilliput.methods.prune import _channels
+
+    monkeypatch.setattr(_channels, "_processes", lambda: 2)
+    method = Taylor(keep=0.8, channels=1, every=2, round_to=1)
+    with pytest.raises(InputError, match="several processes"):
+        method._refuse_processes()
+    Taylor(keep=0.8)._refuse_processes()

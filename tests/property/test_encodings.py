@@ -269,3 +269,14 @@ def test_keep_largest_keeps_the_shape(rows: int, columns: int, sparsity: float, 
     assert mask.shape == tensor.shape
     expected = tensor.flatten().sort().values[count(tensor.numel(), sparsity) :]
     assert torch.equal(tensor[mask].sort().values, expected)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 4), nn.Conv2d(2, 3, 1), nn.LSTM(3, 4)], ids=repr)
+def test_parameters_come_back_in_their_order(layer: nn.Module) -> None:
+    before = [name for name, _ in layer.named_parameters()]
+    for weight in list(select(layer, "*")):
+        encode(weight, Mask(torch.ones_like(weight.value, dtype=torch.bool)))
+        encode(weight, Codebook.fitted(weight.value, bits=2, init="linear"))
+    bake(layer)
+    assert [name for name, _ in layer.named_parameters()] == before
+    assert [name for name, _ in copy.deepcopy(layer).named_parameters()] == before

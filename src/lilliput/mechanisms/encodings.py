@@ -217,6 +217,9 @@ class Codebook(Encoding):
         self._members = None
 
 
+#: Where a module remembers the order of its parameters while an encoding holds one of them.
+_ORDER = "_lilliput_parameter_order"
+
 KINDS: dict[str, type[Encoding]] = {cls.kind: cls for cls in (Mask, Codebook)}
 
 
@@ -226,6 +229,7 @@ def encode(weight: Weight, encoding: Encoding) -> None:
     stack = sorted([*kept, encoding], key=lambda e: e.depth)
     strip(weight)
     _own_class(weight.module)
+    _note_order(weight.module)
     for place, part in enumerate(stack):
         part.innermost = place == 0
         if isinstance(part, Mask):
@@ -240,6 +244,21 @@ def strip(weight: Weight) -> None:
     if parametrize.is_parametrized(weight.module, weight.tensor):
         _own_class(weight.module)
         parametrize.remove_parametrizations(weight.module, weight.tensor, leave_parametrized=True)
+        _restore_order(weight.module)
+
+
+def _note_order(module: nn.Module) -> None:
+    """Remember in which order the module's class registered its parameters."""
+    vars(module).setdefault(_ORDER, tuple(module._parameters))
+
+
+def _restore_order(module: nn.Module) -> None:
+    """Put a parameter that came back at its old place: optimizers number their states by it."""
+    order = vars(module).get(_ORDER, ())
+    if all(name in module._parameters for name in order):
+        for name in (*order, *(n for n in tuple(module._parameters) if n not in order)):
+            module._parameters[name] = module._parameters.pop(name)
+        vars(module).pop(_ORDER, None)
 
 
 def bake(model: nn.Module) -> nn.Module:

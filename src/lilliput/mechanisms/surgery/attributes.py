@@ -48,12 +48,18 @@ def set_attributes(model: nn.Module, attributes: Mapping[str, int]) -> None:
         module, attribute, place = _find(model, path)
         known = vars(module)[attribute]
         old = known if place is None else known[place]
-        if type(old) is not int or not 1 <= value <= old:
+        least = 0 if _is_padding(module, attribute) else 1
+        if type(old) is not int or not least <= value <= old:
             raise ModelMismatch(
                 f"{path} is {old!r} in {type(model).__name__} and cannot become {value!r}: a width is "
                 "an integer that only shrinks. The plan is of another network."
             )
         setattr(module, attribute, value if place is None else _with(known, place, value))
+
+
+def _is_padding(module: nn.Module, attribute: str) -> bool:
+    """Whether 0 is a size of it: a padding vanishes with the border of its kernel."""
+    return isinstance(module, nn.modules.conv._ConvNd) and attribute == "padding"
 
 
 def _find(model: nn.Module, path: str) -> tuple[nn.Module, str, int | None]:

@@ -243,6 +243,11 @@ class ChannelMethod(Method):
             ) from error
         return pytree.tree_map_only(Tensor, lambda t: t.to(run.device), example)
 
+    @property
+    def once(self) -> bool:
+        """Whether a stage removes channels only once."""
+        return self.rounds == 1
+
     # -- hooks ------------------------------------------------------------------------------------
 
     def check(self, model: nn.Module) -> None:
@@ -406,10 +411,10 @@ class ChannelMethod(Method):
     def _refuse_processes(self) -> None:
         """Several processes cannot follow a change of shape, and would each measure another time."""
         timed = self.budget is not None and self.budget.quantity == "latency"
-        if (self.rounds == 1 and not timed) or _processes() == 1:
+        if (self.once and not timed) or _processes() == 1:
             return
         raise InputError(
-            f"{self.method_name()} with {self.rounds} rounds"
+            f"{self.method_name()} with {'one round' if self.once else 'several rounds'}"
             f"{' and a latency budget' if timed else ''} does not work where several processes train "
             "together: they cannot follow a change of shape, nor measure the same time. Write the "
             "rounds as stages of one round each, with a budget in macs."

@@ -31,7 +31,7 @@ def rows(value: Tensor, member: Member) -> Tensor:
     """
     wide = value if value.dtype == torch.float64 else value.float()
     index = torch.from_numpy(member.index).to(value.device)
-    return wide.movedim(member.dim, 0).flatten(1)[index].flatten(1)
+    return wide.movedim(member.dim, 0).reshape(wide.shape[member.dim], -1)[index].flatten(1)
 
 
 def filters(model: nn.Module, group: Group) -> list[Tensor]:

@@ -73,8 +73,6 @@ _EXTENT: dict[Kind, tuple[int, ...]] = {
 
 # An output that varies by less, relative to its largest number, does not depend on the input.
 _VARIES = 1e-6
-# A plan of surgery cannot say that a padding has become 0.
-_LEAST_PADDING = 1
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -210,7 +208,7 @@ def spare_border(convolution: Any) -> list[int]:
         if any(taps):
             free = min(free, taps.index(True), taps[::-1].index(True))
         if padding != "same":
-            free = min(free, max(0, padding[dim] - _LEAST_PADDING) // dilation)
+            free = min(free, padding[dim] // dilation)
         found.append(free)
     return found
 

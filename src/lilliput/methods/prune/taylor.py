@@ -416,6 +416,11 @@ class Taylor(ChannelMethod):
             self._prune(run, self.rounds)
         return super().finish(run)
 
+    @property
+    def once(self) -> bool:
+        """Whether a stage removes channels only once."""
+        return self.every is None and super().once
+
     def part(self, run: Run) -> float:
         """How much of the final amount is due: all of it, where a few channels go at a time."""
         return 1.0 if self.every else super().part(run)
