@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ...core.collector import paused_collector
 from ...errors import InputError
 from .attributes import Attributes, settle
 from .classes import Groups
@@ -14,6 +15,7 @@ from .trace import Heads
 from .tracing import trace
 
 
+@paused_collector()
 def find_groups(model: nn.Module, inputs: Any, *, heads: Heads = "channels") -> Groups:
     """Find which channels of a network must live or die together.
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...core.collector import paused_collector
 from ...core.types import Change
 from ...errors import InputError, LilliputError, ModelMismatch, SurgeryFailed
 from .check import self_check
@@ -41,6 +42,7 @@ class Cut:
     unchecked: tuple[str, ...]
 
 
+@paused_collector()
 def cut(
     model: nn.Module,
     groups: Groups,

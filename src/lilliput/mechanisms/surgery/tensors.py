@@ -158,7 +158,11 @@ def value_of(module: nn.Module, leaf: str) -> Tensor:
 
 def shape_of(model: nn.Module, name: str) -> torch.Size:
     """The shape of an effective tensor."""
-    return value_of(*owner(model, name)).shape
+    module, leaf = owner(model, name)
+    if parametrize.is_parametrized(module, leaf):
+        return value_of(module, leaf).shape
+    tensor: Tensor = getattr(module, leaf)
+    return tensor.shape
 
 
 def _stack(module: nn.Module, leaf: str) -> nn.Module:

@@ -110,9 +110,11 @@ class _Contents:
         self.container = container
         self.items = container.copy()
         values = container.values() if isinstance(container, dict) else container
-        self.inner = [
-            _Contents(v, depth - 1) for v in values if depth and isinstance(v, _CONTAINERS)
-        ]
+        inner = [v for v in values if isinstance(v, _CONTAINERS)] if depth else []
+        self.inner = [_Contents(v, depth - 1) for v in inner if v]
+        self.empty = [
+            v for v in inner if not v
+        ]  # most of a module's: an object for each takes time
 
     def restore(self) -> None:
         self.container.clear()
@@ -120,6 +122,8 @@ class _Contents:
         add(self.items)
         for contents in self.inner:
             contents.restore()
+        for container in self.empty:
+            container.clear()
 
 
 def _restore_tensor(tensor: Tensor, memory: Tensor, gradient: Tensor | None, trains: bool) -> None:
