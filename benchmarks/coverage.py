@@ -21,6 +21,7 @@ import fnmatch
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -44,7 +45,8 @@ from lilliput.mechanisms.surgery import cut
 
 RESULTS = Path(__file__).resolve().parent / "results" / "coverage.json"
 SIZES = (64, 96, 128, 160, 192, 224, 240, 256, 299, 384)
-KEEP, LIGHTER, TOLERANCE, SECONDS = 0.5, 0.8, 1e-5, 600
+KEEP, LIGHTER, TOLERANCE = 0.5, 0.8, 1e-5
+SECONDS, BYTES = 600, 14 * 2**30  # of one network
 
 CLASSIFICATION = """
 alexnet vgg11 vgg13_bn vgg16 vgg19_bn squeezenet1_0 squeezenet1_1 resnet18 resnet34 resnet50
@@ -269,7 +271,9 @@ def judge_apart(name: str) -> Row:
     """The same in a process of its own, which may crash or hang."""
     command = [sys.executable, __file__, "--one", name]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=SECONDS, preexec_fn=limit_memory
+        )
     except subprocess.TimeoutExpired:
         return {"name": name, "passed": False, "reason": f"took more than {SECONDS} s"}
     lines = done.stdout.strip().splitlines()
@@ -277,6 +281,11 @@ def judge_apart(name: str) -> Row:
         return {"name": name, "passed": False, "reason": f"crashed: {done.stderr.strip()[-300:]}"}
     row: Row = json.loads(lines[-1])
     return row
+
+
+def limit_memory() -> None:
+    """No entry may take the machine's memory from the others."""
+    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
 
 
 def load() -> dict[str, Row]:

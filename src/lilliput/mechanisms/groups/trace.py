@@ -69,8 +69,11 @@ class Check(NamedTuple):
 
     def fails(self, kept: Kept) -> bool:
         """Whether the two differ when only some labels are kept."""
-        other = after(self.target, kept) if isinstance(self.target, int) else kept(self.target)
-        return after(self.value, kept) != other
+        try:
+            other = after(self.target, kept) if isinstance(self.target, int) else kept(self.target)
+            return after(self.value, kept) != other
+        except ZeroDivisionError:  # by a width of which nothing is left: surgery keeps one channel
+            return False
 
 
 @dataclass(eq=False)

@@ -73,7 +73,9 @@ def _trace(model: nn.Module, inputs: Any, record: Trace) -> Trace:
     record.declare(tensors(bare))
     given = pytree.tree_map_only(Tensor, lambda t: t.detach().to("meta"), inputs)
     for tensor in tensors_in(pytree.tree_leaves(given)):
-        record.put(tensor, record.fresh(tensor.shape, "it is the network's input"))
+        # The batch has no labels: merged with attention heads, it would hide them.
+        batch = [record.labels.still(size) for size in tensor.shape[:1]]
+        record.put(tensor, batch + record.fresh(tensor.shape[1:], "it is the network's input"))
     values = dict(tensors(model))
     known = {id(t): values[name] for name, t in tensors(bare) if name in values}
     _hook(bare, record)
