@@ -78,7 +78,6 @@ PLANS: dict[str, tuple[Any, dict[str, Any]]] = {
     "taylor": (at_once, {"method": "taylor", "rounds": 10}),
     "taylor, weight x gradient": (at_once, {"method": "taylor", "criterion": "weight_gradient"}),
     "slimming": (towards_zeros, {"method": "slimming", "penalty": 1e-3}),
-    "bn_ista": (towards_zeros, {"method": "bn_ista"}),
     "soft_filter": (towards_zeros, {"method": "soft_filter"}),
     "structured_sparsity": (towards_zeros, {"method": "structured_sparsity"}),
 }

@@ -910,6 +910,17 @@ def test_a_plan_adds_up_over_cuts_and_thins_a_fresh_network() -> None:
     assert torch.equal(copy.deepcopy(net)(x), fresh(x)) and plan_of(copy.deepcopy(net)) == plan
 
 
+def test_a_thinned_part_of_another_network_keeps_its_plan() -> None:
+    net, groups, x = mlp()
+    whole = copy.deepcopy(net)
+    cut(net, groups, REMOVAL)
+    parent, fresh = nn.ModuleDict({"body": net}), nn.ModuleDict({"body": whole})
+    apply_plan(fresh, plan_of(parent))
+    assert torch.equal(fresh["body"](x), net(x))
+    assert plan_of(fresh) == plan_of(parent)
+    assert plan_of(nn.ModuleDict({"body": mlp()[0]})) is None
+
+
 def test_a_network_that_is_too_thin_for_a_plan_is_refused(untouched: Callable[..., None]) -> None:
     net, groups, _ = mlp()
     other = copy.deepcopy(net)

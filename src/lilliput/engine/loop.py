@@ -36,7 +36,7 @@ from ..core.task import answer, explain_mismatch
 from ..core.types import Batch
 from ..errors import Diverged, InputError, ModelMismatch
 from ..mechanisms.encodings import reapply, stored_masks
-from ..mechanisms.surgery import plan_of
+from ..mechanisms.surgery import last_plan
 from . import distributed
 from .optim import rate, set_rate
 
@@ -104,7 +104,7 @@ class Loop:
     def __post_init__(self) -> None:
         # Masks of earlier stages too: their zeros must survive whatever trains now.
         self.masks = stored_masks(self.run.model)
-        self._channels = plan_of(self.run.model)
+        self._channels = last_plan(self.run.model)
 
     def step(self, batch: Batch) -> None:
         """One batch, from ``before_step`` to ``after_step``."""
@@ -129,7 +129,7 @@ class Loop:
 
     def _follow_surgery(self) -> None:
         """Wrap the network anew when channels were cut: a wrapper shares gradients of fixed shapes."""
-        channels = plan_of(self.run.model)
+        channels = last_plan(self.run.model)
         if channels is not self._channels:
             self.network, self._channels = distributed.wrap(self.run.model), channels
 

@@ -11,7 +11,9 @@ import torch
 from cutting import cut, error, randomize, removal, zeroed
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
+from lilliput.mechanisms import surgery
 from lilliput.mechanisms.groups import exported, find_groups
 
 
@@ -271,3 +273,16 @@ def test_numbers_in_the_code_hold_channels_unless_exported() -> None:
     assert groups.groups
     gone = removal(groups)
     assert error(cut(graph, groups, gone), zeroed(graph, groups, gone), x) < 1e-12
+
+
+def test_weight_normalization_is_one_weight() -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    plain = find_groups(model, tokens())
+    parametrizations.weight_norm(model[0])
+    parametrizations.weight_norm(model[2])
+    groups = find_groups(model, tokens())
+    found, known = ({m.tensor for m in g.groups[0].members} for g in (groups, plain))
+    assert found == known
+    done = surgery.cut(model, groups, {0: np.array([1, 4])}, inputs=tokens())
+    assert done.error is not None
+    assert model[2].weight.shape == (2, 4)

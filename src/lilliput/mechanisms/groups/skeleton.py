@@ -110,14 +110,24 @@ def _meta(tensor: Tensor) -> Tensor:
     return empty
 
 
+@torch.no_grad()
+def _computed(stack: Any) -> Tensor | None:
+    """A tensor like the weight that a stack of parametrizations computes, if it can be computed."""
+    if all(isinstance(part, Encoding) for part in stack):
+        like = next(stack[0].buffers())
+        return torch.empty(like.shape, dtype=stack.original.dtype, device="meta")
+    try:
+        return torch.empty_like(stack.eval()(), device="meta")
+    except Exception:  # a parametrization of the user's that does not run without numbers
+        return None
+
+
 def _take_off(module: nn.Module) -> None:
-    """Replace weights that carry nothing but Lilliput's encodings by plain ones."""
+    """Replace weights that are computed by plain ones: surgery cuts what they are computed from."""
     stacks: Any = module.parametrizations
     for name, stack in list(stacks.items()):
-        if all(isinstance(part, Encoding) for part in stack):
-            like = next(stack[0].buffers())
-            original = stack.original
-            weight = torch.empty(like.shape, dtype=original.dtype, device="meta")
+        weight = _computed(stack)
+        if weight is not None:
             del stacks[name]
             vars(module).pop(name, None)
             module._parameters[name] = nn.Parameter(weight, requires_grad=False)

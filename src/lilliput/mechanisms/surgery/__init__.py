@@ -9,7 +9,7 @@ go on as if nothing had happened; only shapes are smaller.
 """
 
 from .cutting import Cut, cut
-from .plan import Plan, apply_plan, plan_of
+from .plan import Plan, apply_plan, last_plan, plan_of
 from .transaction import replace, transaction
 
-__all__ = ["Cut", "Plan", "apply_plan", "cut", "plan_of", "replace", "transaction"]
+__all__ = ["Cut", "Plan", "apply_plan", "cut", "last_plan", "plan_of", "replace", "transaction"]

@@ -107,14 +107,33 @@ class Plan:
 
 
 def plan_of(model: nn.Module) -> Plan | None:
-    """What is left of the model since its class built it; None for a whole one.
+    """What is left of the model since its class built it, its thinned parts included; None for a whole one.
 
     Example:
         >>> plan_of(nn.Linear(2, 2)) is None
         True
     """
+    own = last_plan(model)
+    if own is not None:
+        return own
+    parts = [(f"{n}.", plan) for n, m in model.named_modules() if (plan := last_plan(m)) and n]
+    outer = [(n, p) for n, p in parts if not any(n != o and n.startswith(o) for o, _ in parts)]
+    return _inside(outer) if outer else None
+
+
+def last_plan(model: nn.Module) -> Plan | None:
+    """What the last cut of the model itself has left: after every cut another object."""
     plan = vars(model).get(_ATTRIBUTE)
     return plan if isinstance(plan, Plan) else None
+
+
+def _inside(parts: list[tuple[str, Plan]]) -> Plan:
+    """The plans of thinned networks that became parts of another one."""
+    return Plan(
+        {name + tensor: dims for name, plan in parts for tensor, dims in plan.kept.items()},
+        {name + path: value for name, plan in parts for path, value in plan.attributes.items()},
+        {name + tensor: dims for name, plan in parts for tensor, dims in plan.sizes.items()},
+    )
 
 
 def remember(model: nn.Module, plan: Plan) -> None:
