@@ -67,6 +67,23 @@ def towards_zeros(epochs: int, *methods: dict[str, Any]) -> list[Stage]:
     return [first, Stage(train=train(epochs - epochs // 2))]
 
 
+# Li 2017, ResNet-56: these blocks are sensitive and stay whole; of the others the first layer is thinned.
+_LI_WHOLE = {
+    "A": ["layer1.7", "layer2.0", "layer3.0", "layer3.8"],
+    "B": ["layer1.7", "layer1.8", "layer2.0", "layer2.7", "layer3.0", "layer3.8"],
+}
+_LI_KEEP = {"A": (0.9, 0.9, 0.9), "B": (0.4, 0.7, 0.9)}
+
+
+def li(row: str) -> dict[str, Any]:
+    """The paper's rates for ResNet-56 in place of a budget."""
+    return {
+        "method": "filter_l1",
+        "layers": ["layer*.conv1", *(f"!{block}.conv1" for block in _LI_WHOLE[row])],
+        "keep": {f"layer{n}.*.conv1": keep for n, keep in enumerate(_LI_KEEP[row], 1)},
+    }
+
+
 PLANS: dict[str, tuple[Any, dict[str, Any]]] = {
     "random": (at_once, {"method": "random"}),
     "filter_l1": (at_once, {"method": "filter_l1"}),
@@ -81,6 +98,13 @@ PLANS: dict[str, tuple[Any, dict[str, Any]]] = {
     "soft_filter": (towards_zeros, {"method": "soft_filter"}),
     "structured_sparsity": (towards_zeros, {"method": "structured_sparsity"}),
 }
+OWN_AMOUNT: dict[str, tuple[Any, dict[str, Any]]] = {
+    "Li's A": (at_once, li("A")),
+    "Li's B": (at_once, li("B")),
+    # Its penalty says how much goes.
+    "bn_ista, weaker": (towards_zeros, {"method": "bn_ista", "penalty": 0.2}),
+    "bn_ista, stronger": (towards_zeros, {"method": "bn_ista", "penalty": 0.5}),
+}
 TEACHER = {"method": "soft_targets", "teacher": "original", "temperature": 4}
 
 
@@ -89,13 +113,18 @@ def stages(row: str, budget: float, epochs: int) -> list[Stage]:
     if row == "dense":
         return [Stage(train=train(epochs))]
     name, _, taught = row.partition(" + ")
-    plan, settings = PLANS[name]
-    methods = [{**settings, "budget": {"macs": budget}, "round_to": 1}]
+    plan, settings = (PLANS | OWN_AMOUNT)[name]
+    amount = {} if name in OWN_AMOUNT else {"budget": {"macs": budget}}
+    methods = [{**settings, **amount, "round_to": 1}]
     return list(plan(epochs, *methods, *([TEACHER] if taught else [])))
 
 
 def rows(network: str) -> Iterator[tuple[str, float]]:
     yield "dense", 1.0
+    if network == "resnet56":  # with what the paper reports of the FLOPs
+        yield from (("Li's A", 0.896), ("Li's B", 0.724))
+    else:  # what comes out is in the table
+        yield from (("bn_ista, weaker", 0.7), ("bn_ista, stronger", 0.5))
     for budget in BUDGETS[network]:
         for row in (*PLANS, "from scratch", "filter_l1 + teacher", "taylor + teacher"):
             yield row, budget
@@ -160,7 +189,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("network", choices=sorted(WEIGHTS))
-    parser.add_argument("--only", default="", help="part of a row's name")
+    parser.add_argument("--only", nargs="*", default=[""], help="parts of rows' names")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--jobs", type=int, default=1, help="rows at the same time")
@@ -182,7 +211,8 @@ def run_all(path: Path, options: argparse.Namespace) -> None:
             jobs = [
                 (options.network, row, budget, seed, options.epochs)
                 for row, budget in rows(options.network)
-                if options.only in row and (row, budget, seed, options.epochs) not in done
+                if any(part in row for part in options.only)
+                and (row, budget, seed, options.epochs) not in done
             ]
             for finished in as_completed([pool.submit(attempt, job, options.work) for job in jobs]):
                 keep(path, finished.result())

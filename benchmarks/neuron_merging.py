@@ -15,13 +15,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -29,6 +27,7 @@ import lilliput
 from lilliput.core import registry
 from lilliput.core.method import Method
 from lilliput.core.task import Task, evaluate
+from lilliput.engine.records import environment
 
 Row = dict[str, Any]
 
@@ -63,7 +62,7 @@ def main() -> None:
     runs = [measure(name, seed, task, options) for name in LAYERS for seed in options.seeds]
     for name in LAYERS:
         show(name, [run for run in runs if run["network"] == name])
-    content = {"paper": PAPER, "environment": environment(options), "runs": runs}
+    content = {"paper": PAPER, "epochs": options.epochs, "environment": environment(), "runs": runs}
     RESULT.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -151,25 +150,6 @@ def show(name: str, runs: list[Row]) -> None:
         found = [sorted(r["heuristic"], key=lambda p: p["fraction"])[number] for r in runs]
         removed, accuracy = (mean(p[key] for p in found) for key in ("removed", "accuracy"))
         print(f"  heuristic, {fraction:.0%} of its number: {removed:.1%} removed, {accuracy:.2f} %")
-
-
-def environment(options: argparse.Namespace) -> Row:
-    return {
-        "processor": processor(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "lilliput": lilliput.__version__,
-        "threads": options.threads,
-        "epochs": options.epochs,
-    }
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":
