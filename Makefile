@@ -18,7 +18,7 @@ demo: $(STAMP)
 	$(RUN) -m lilliput demo
 
 test: $(STAMP)
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
