@@ -41,7 +41,7 @@ WEIGHTS = {
     "resnet56": "$LILLIPUT_DATA/cifar10-resnet/resnet56-4bfd9763.th",
 }
 BUDGETS = {"resnet20": (0.7, 0.5), "resnet56": (0.5,)}
-RATE = 0.01
+RATE, RATE_FROM_SCRATCH = 0.01, 0.1
 
 Job = tuple[str, str, float, int, int]  # network, row, budget, seed, epochs
 
@@ -49,9 +49,9 @@ Job = tuple[str, str, float, int, int]  # network, row, budget, seed, epochs
 # -- the rows -----------------------------------------------------------------------------------
 
 
-def train(epochs: int) -> Train:
+def train(epochs: int, rate: float = RATE) -> Train:
     return Train(
-        epochs=epochs, optimizer="sgd", lr=RATE, momentum=0.9, lr_schedule="cosine",
+        epochs=epochs, optimizer="sgd", lr=rate, momentum=0.9, lr_schedule="cosine",
         weight_decay=1e-4, precision="bfloat16", channels_last=True, evaluate_every=epochs,
     )  # fmt: skip
 
@@ -165,7 +165,7 @@ def do(job: Job, work: Path) -> dict[str, Any]:
     home = work / f"{network}-{seed}-{row}-{budget}".replace(" ", "_").replace(",", "")
     if row == "from scratch":
         thin = load(work / f"{network}-{seed}-filter_l1-{budget}" / "model.safetensors")
-        plan, model = stages("dense", 1.0, 2 * epochs), from_scratch(thin)
+        plan, model = [Stage(train=train(2 * epochs, RATE_FROM_SCRATCH))], from_scratch(thin)
     else:
         plan, model = stages(row, budget, epochs), dense
     figures = compress(model, task(), plan, directory=home, seed=seed).figures

@@ -32,10 +32,11 @@ from lilliput.mechanisms import encodings, surgery
 from lilliput.mechanisms.encodings import Codebook, Mask, encode
 from lilliput.mechanisms.groups.classes import Group, Groups, Member
 from lilliput.mechanisms.surgery import Plan, apply_plan, cut, plan_of, replace
+from lilliput.mechanisms.surgery.check import _switches
 
 FOLDER = str(Path(surgery.__file__).parent)
 ENCODINGS = encodings.__file__
-RESTORING = ("restore", "_restore_tensor", "_same_memory", "_surely")
+RESTORING = ("restore", "_restore_tensor", "_same_memory", "surely", "_set")
 
 
 class ByHand(Groups):
@@ -73,7 +74,7 @@ class Faults:
         if not (file.startswith(FOLDER) or file == ENCODINGS):
             return None
         if event == "line":
-            self._line(frame.f_code.co_name in RESTORING, frame.f_code.co_name == "_surely")
+            self._line(frame.f_code.co_name in RESTORING, frame.f_code.co_name == "surely")
         return self
 
     def _line(self, restoring: bool, loop: bool) -> None:
@@ -114,7 +115,13 @@ def everything(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
         kinds,
         copy.deepcopy(optimizer.state_dict()),
         torch.get_rng_state(),
+        _precision(),
     ]
+
+
+def _precision() -> list[str]:
+    """How torch multiplies float32, which the self-check sets."""
+    return [getattr(library, name) for library, name, _ in _switches(torch.backends)]
 
 
 def same(a: Any, b: Any) -> bool:

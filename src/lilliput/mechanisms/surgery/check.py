@@ -24,7 +24,7 @@ from ...core.task import call
 from ...errors import LilliputError, ModelMismatch, SurgeryFailed
 from ..encodings import strip
 from .tensors import owner
-from .transaction import rehearsal
+from .transaction import rehearsal, surely
 
 if TYPE_CHECKING:
     from ..groups.classes import Groups, Removal
@@ -171,8 +171,12 @@ def _true_float32() -> Iterator[None]:
             setattr(library, name, value)
         yield
     finally:
-        for (library, name, _), old in zip(switches, before, strict=True):
-            setattr(library, name, old)
+        surely(lambda: _set(switches, before))
+
+
+def _set(switches: list[tuple[Any, str, Any]], values: list[Any]) -> None:
+    for (library, name, _), value in zip(switches, values, strict=True):
+        setattr(library, name, value)
 
 
 def _switches(backends: Any) -> list[tuple[Any, str, Any]]:

@@ -37,7 +37,7 @@ def transaction(
     try:
         yield before
     except BaseException:
-        _surely(before.restore)
+        surely(before.restore)
         raise
 
 
@@ -48,7 +48,7 @@ def rehearsal(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        _surely(before.restore)
+        surely(before.restore)
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ def _generators() -> list[tuple[Callable[[Any], object], Any]]:
     return generators
 
 
-def _surely(restore: Callable[[], None]) -> None:
+def surely(restore: Callable[[], None]) -> None:
     """Restore to the end, even if Ctrl-C is pressed meanwhile; it passes on afterwards."""
     interrupted: KeyboardInterrupt | None = None
     while True:

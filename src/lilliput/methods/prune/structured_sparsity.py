@@ -20,9 +20,10 @@ the exact proximal step; for filters, which cross the others, it is an approxima
 What is removed at the end: channels whose filters are zero in every layer that makes them (the constant
 that they still send is folded, where it is one), or that no layer uses; border rows and columns of a
 kernel that are zero for all channels, on both sides alike, if the padding can shrink with them. Of a
-layer that is zero as a whole ``at_least`` channels stay and its kernel shrinks to one pixel where the padding
-allows it, so a removed block costs next to nothing and its shortcut goes on. All other zero groups (shapes inside a kernel, inputs of the first layer, what rounding
-left) are frozen by masks and stay in dense layers: smaller files, not faster ones; the report says so.
+layer that is zero as a whole ``at_least`` channels stay and its kernel shrinks to one pixel where the
+padding allows it, so a removed block costs next to nothing and its shortcut goes on. All other zero
+groups (shapes inside a kernel, inputs of the first layer, what rounding left) are frozen by masks and
+stay in dense layers: smaller files, not faster ones; the report says so.
 
 Faithful: groups, penalties, subgradient, threshold, frozen zeros. Differs: rows of layers whose outputs
 must stay get no filter penalty; a linear layer or a 1x1 kernel has no shapes beside its channels; depth
