@@ -74,12 +74,21 @@ def measure(name: str, seed: int, task: Task, options: argparse.Namespace) -> Ro
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dense": evaluate(model, task.reported, task.score),
+        "nearest": nearest(model.get_submodule(LAYERS[name][0])),
     }
     for kind, methods in ways(LAYERS[name]).items():
         points = (thinned(model, method, task, seed) for method in methods())
         found[kind] = sorted(points, key=lambda point: point["removed"])
     print(f"{name} seed {seed}: dense {found['dense']:.2f} %", flush=True)
     return found
+
+
+@torch.no_grad()
+def nearest(layer: Any) -> float:
+    """How far the most similar neuron is, in units of a neuron's own norm; the median over the neurons."""
+    weights = torch.cat([layer.weight, layer.bias[:, None]], dim=1).double()
+    distances = torch.cdist(weights, weights).fill_diagonal_(float("inf")).amin(dim=1)
+    return float((distances / weights.norm(dim=1)).median())
 
 
 def trained(name: str, seed: int, task: Task, options: argparse.Namespace) -> nn.Module:
@@ -146,6 +155,7 @@ def show(name: str, runs: list[Row]) -> None:
     for kind in ("merged", "without_surgery", "random"):
         shares = [mean(without_loss(r, kind, limit) for r in runs) for limit in (0.5, 1.0)]
         print(f"  {kind}: {shares[0]:.1%} removed at -0.5 points, {shares[1]:.1%} at -1 point")
+    print(f"  the most similar neuron is {mean(r['nearest'] for r in runs):.2f} norms away")
     for number, fraction in enumerate(HEURISTIC):
         found = [sorted(r["heuristic"], key=lambda p: p["fraction"])[number] for r in runs]
         removed, accuracy = (mean(p[key] for p in found) for key in ("removed", "accuracy"))
