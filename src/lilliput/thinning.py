@@ -21,6 +21,7 @@ from .core.select import example_device
 from .core.task import Task
 from .core.types import Change
 from .errors import InputError
+from .mechanisms.groups import exported
 from .mechanisms.surgery import plan_of
 
 
@@ -68,6 +69,7 @@ def thin(
     keep: float | dict[str, float] = 0.5,
     by: str = "filter_l1",
     round_to: int = 8,
+    rewrite: bool = False,
 ) -> Thinned:
     """Remove whole channels from a copy of a network, by its weights alone.
 
@@ -79,6 +81,10 @@ def thin(
             width stays.
         by: name of a method that needs no data.
         round_to: widths become multiples of it, which runtimes like; 1 for exact counts.
+        rewrite: thin a graph of the network instead (``torch.export``), in which the numbers that stand in
+            ``forward`` can be corrected. For networks of which ``unprunable`` says "its size is a
+            number in the code". The result then is a ``GraphModule``, in eval mode for ever; its file
+            loads into the rewritten network, ``exported(MyNetwork(), example_inputs)``.
 
     Returns:
         The thin network, and what was done.
@@ -105,7 +111,7 @@ def thin(
             "recipe or through lilliput.compress."
         )
     method = cls(keep=keep, round_to=round_to)
-    copied = copy.deepcopy(model)
+    copied = copy.deepcopy(exported(model, example_inputs) if rewrite else model)
     run = Run(
         model=copied,
         task=_Example(example_inputs),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import lilliput
 from lilliput.core import registry
 from lilliput.errors import InputError, LilliputError, NothingChanged, NothingMatched, UnknownName
 from lilliput.measure import macs, size
+from lilliput.mechanisms.groups import exported
 
 
 def cnn() -> nn.Sequential:
@@ -265,3 +267,25 @@ def test_networks_that_cannot_be_analyzed(net: nn.Module, inputs: Any) -> None:
     with pytest.raises(LilliputError):
         lilliput.thin(net, inputs)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+class NumberInTheCode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).view(-1, 2, 8).flatten(1).relu())
+
+
+def test_numbers_in_the_code_are_rewritten_on_demand(tmp_path: Path) -> None:
+    net, x = NumberInTheCode().eval(), torch.randn(3, 4)
+    with pytest.raises(NothingMatched, match="a number in the code"):
+        lilliput.thin(net, x, round_to=1)
+    thinned = lilliput.thin(net, x, round_to=1, rewrite=True)
+    assert thinned.model.a.weight.shape == (8, 4)
+    assert thinned.error is not None and thinned.error < 1e-5
+    assert thinned.model(torch.randn(5, 4)).shape == (5, 2)  # another batch
+    lilliput.save(thinned.model, tmp_path / "thin.safetensors")
+    fresh = lilliput.load(tmp_path / "thin.safetensors", model=exported(NumberInTheCode(), x))
+    assert torch.equal(fresh(x), thinned.model(x))
