@@ -29,6 +29,7 @@ from torch import nn
 from lilliput.api import compress
 from lilliput.core.recipe import ModelSettings, Stage, TaskSettings, Train
 from lilliput.core.task import Task
+from lilliput.engine.memory import keep_freed_memory
 from lilliput.engine.recipes import build_model, build_task
 from lilliput.engine.records import environment
 from lilliput.errors import LilliputError
@@ -40,7 +41,7 @@ WEIGHTS = {
     "resnet20": "$LILLIPUT_DATA/cifar10-resnet/resnet20-12fca82f.th",
     "resnet56": "$LILLIPUT_DATA/cifar10-resnet/resnet56-4bfd9763.th",
 }
-BUDGETS = {"resnet20": (0.7, 0.5), "resnet56": (0.5,)}
+BUDGETS = (0.7, 0.5)
 RATE, RATE_FROM_SCRATCH = 0.01, 0.1
 
 Job = tuple[str, str, float, int, int]  # network, row, budget, seed, epochs
@@ -131,10 +132,11 @@ def rows(network: str) -> Iterator[tuple[str, float]]:
     yield "dense", 1.0
     if network == "resnet56":  # with what the paper reports of the FLOPs
         yield from (("Li's A", 0.896), ("Li's B", 0.724))
-    else:  # what comes out is in the table
-        for name in ("bn_ista", "structured_sparsity"):
-            yield from ((f"{name}, weaker", 0.7), (f"{name}, stronger", 0.5))
-    for budget in BUDGETS[network]:
+        yield from ((row, 0.5) for row in ("filter_l1 + teacher", "taylor + teacher"))
+        return
+    for name in ("bn_ista", "structured_sparsity"):  # what comes out is in the table
+        yield from ((f"{name}, weaker", 0.7), (f"{name}, stronger", 0.5))
+    for budget in BUDGETS:
         for row in (*PLANS, "from scratch", "filter_l1 + teacher", "taylor + teacher"):
             yield row, budget
 
@@ -168,7 +170,6 @@ def from_scratch(like: nn.Module) -> nn.Module:
 
 def do(job: Job, work: Path) -> dict[str, Any]:
     network, row, budget, seed, epochs = job
-    torch.set_num_threads(1)
     dense = start(network, seed, epochs, work)
     home = work / f"{network}-{seed}-{row}-{budget}".replace(" ", "_").replace(",", "")
     if row == "from scratch":
@@ -213,7 +214,7 @@ def main() -> None:
 
 def run_all(path: Path, options: argparse.Namespace) -> None:
     done = {(r["row"], r["budget"], r["seed"], r["epochs"]) for r in read(path)["rows"]}
-    with ProcessPoolExecutor(options.jobs) as pool:
+    with ProcessPoolExecutor(options.jobs, initializer=settle) as pool:
         for seed in options.seeds:
             # All rows of a seed start from one network: it must be there before they do.
             pool.submit(prepare, options.network, seed, options.epochs, options.work).result()
@@ -227,8 +228,13 @@ def run_all(path: Path, options: argparse.Namespace) -> None:
                 keep(path, finished.result())
 
 
-def prepare(network: str, seed: int, epochs: int, work: Path) -> None:
+def settle() -> None:
+    """What a process does first."""
     torch.set_num_threads(1)
+    keep_freed_memory()
+
+
+def prepare(network: str, seed: int, epochs: int, work: Path) -> None:
     start(network, seed, epochs, work)
 
 

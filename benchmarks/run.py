@@ -85,6 +85,7 @@ def run_one(path: Path, seed: int, options: argparse.Namespace) -> None:
     script = (
         "import json, sys, torch; from pathlib import Path; from lilliput.api import run_recipe;"
         "recipe, home, *more = sys.argv[1:];"
+        "from lilliput.engine.memory import keep_freed_memory; keep_freed_memory();"
         "torch.set_num_threads(1);"
         "run_recipe(recipe, more, directory=home, watchers=())"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from .engine.attachment import Attachment
 from .engine.execute import Job, execute
 from .engine.outcome import Result
 from .engine.progress import Watcher, watcher
-from .engine.recipes import build_job, build_network, load_recipe
+from .engine.recipes import build_job, build_network, build_stage_models, load_recipe
 from .engine.records import fingerprint
 
 
@@ -88,11 +87,11 @@ def compress(
         "weights": weights_digest(model)[:16],
         "task": task.name,
         "seed": seed,
-        "stages": [stage.model_dump(mode="json", exclude={"task"}) for stage in staged],
+        "stages": [_description(stage) for stage in staged],
         "artifact": (artifact or ArtifactSettings()).model_dump(mode="json"),
     }
     job = Job(
-        model=copy.deepcopy(model),
+        model=model,
         task=task,
         stages=staged,
         description=description,
@@ -100,10 +99,17 @@ def compress(
         device=distributed.device_of(device),
         artifact=artifact or ArtifactSettings(),
         stage_tasks={n: s.task for n, s in enumerate(staged) if s.task is not None},
+        stage_models=build_stage_models(staged),
         build=build_network,
     )
     home = Path(directory) if directory else Path(tempfile.mkdtemp(prefix="lilliput-"))
     return execute(job, home, fresh=fresh, watchers=watchers)
+
+
+def _description(stage: Stage) -> dict[str, Any]:
+    """A stage as the run directory remembers it."""
+    left_out = {"task"} if stage.model is not None else {"task", "model"}
+    return stage.model_dump(mode="json", exclude=left_out)
 
 
 def attach(
@@ -111,6 +117,7 @@ def attach(
     *methods: Method,
     steps: int = 0,
     task: Task | None = None,
+    example_inputs: Any = None,
     seed: int = 0,
 ) -> Attachment:
     """Put methods on a model that trains in the user's own loop.
@@ -120,6 +127,8 @@ def attach(
         methods: which.
         steps: how many optimizer steps the loop will make; schedules need it.
         task: for methods that want data of their own, such as a cached teacher.
+        example_inputs: a batch of inputs, for methods that must see shapes first, such as those that
+            build adapters between the features of two networks.
         seed: of everything random in the methods.
 
     Returns:
@@ -146,7 +155,9 @@ def attach(
         >>> attached.finish()[0].after
         8
     """
-    return Attachment(model, methods, steps=steps, task=task, seed=seed)
+    return Attachment(
+        model, methods, steps=steps, task=task, example_inputs=example_inputs, seed=seed
+    )
 
 
 def run_recipe(

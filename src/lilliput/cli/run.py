@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ..api import default_directory, run_recipe
 from ..engine import distributed
+from ..engine.memory import keep_freed_memory
 from ..engine.outcome import Result
 from ..engine.progress import TensorBoard, Watcher, watcher
 from ..engine.recipes import load_recipe
@@ -69,6 +70,7 @@ def _execute(
     quiet: bool,
 ) -> Result:
     settings = load_recipe(recipe, overrides)
+    keep_freed_memory()
     home = directory or default_directory(settings)
     watchers: list[Watcher] = [] if quiet or not leads() else [watcher()]
     if tensorboard and leads():

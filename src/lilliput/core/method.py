@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from .select import Weight, select
-from .types import Change, Layers, Settings
+from .types import Change, Layers, Settings, Term
 
 if TYPE_CHECKING:
     from .run import Run
@@ -86,8 +86,8 @@ class Method(Settings):
         """Replace forward, backward and optimizer step; return the loss for the log."""
         raise NotImplementedError
 
-    def loss(self, run: Run) -> Mapping[str, Tensor]:
-        """Extra loss terms by name, weights included; ``run.output`` is there."""
+    def loss(self, run: Run) -> Mapping[str, Tensor | Term]:
+        """Extra loss terms by name, as a tensor or with their weight apart; ``run.output`` is there."""
         return {}
 
     def after_backward(self, run: Run) -> None:

@@ -94,47 +94,6 @@ class Train(Settings):
     checkpoint_minutes: Positive = 1.0
 
 
-class Stage(Settings):
-    """Methods that act together, and how to train meanwhile.
-
-    Attributes:
-        name: how reports call the stage; by default the names of its methods.
-        methods: in the order in which their hooks are called.
-        train: without it the stage does not train.
-        task: another task than the recipe's, in Python or by name.
-    """
-
-    name: str = ""
-    methods: list[AnyMethod] = Field(default_factory=list)
-    train: Train = Field(default_factory=lambda: Train(epochs=0))
-    task: Any = None
-
-    @model_validator(mode="after")
-    def _named(self) -> Stage:
-        if not self.name:
-            named = " + ".join(m.method_name() for m in self.methods) or "train"
-            object.__setattr__(self, "name", named)
-        if not self.methods and not self.train.epochs:
-            raise ValueError("the stage has neither methods nor epochs: it would do nothing")
-        return self
-
-
-class ArtifactSettings(Settings):
-    """How the compressed file is written.
-
-    Attributes:
-        codec: one codec for all encoded tensors, or ``"auto"`` for the smallest a tensor.
-        floats: type of what stays a number (biases, centroids, unencoded weights). ``"float16"``
-            rounds; the score that is reported is the rounded model's.
-        profile: ``"safetensors"``, ``"compact"`` (small header, for tiny networks: of the recipe only its
-            fingerprint), or ``"auto"``.
-    """
-
-    codec: str = "auto"
-    floats: Literal["float32", "float16"] = "float32"
-    profile: Literal["auto", "safetensors", "compact"] = "safetensors"
-
-
 class ModelSettings(Settings):
     """Which network.
 
@@ -165,18 +124,83 @@ class TaskSettings(Settings):
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
+def widened(settings: type[Settings], key: str, value: Any) -> Any:
+    """``digits`` as ``{name: digits}``, and arguments beside the name as arguments below it."""
+    if isinstance(value, str):
+        return {key: value}
+    if not isinstance(value, dict) or "arguments" in value:
+        return value
+    own = {k: v for k, v in value.items() if k in settings.model_fields}
+    return {**own, "arguments": {k: v for k, v in value.items() if k not in own}}
+
+
 def flat(settings: type[Settings], key: str) -> BeforeValidator:
-    """Accept ``digits`` for ``{name: digits}``, and arguments beside the name instead of below it."""
+    """Accept the short form of :func:`widened`."""
+    return BeforeValidator(lambda value: widened(settings, key, value))
 
-    def widen(value: Any) -> Any:
-        if isinstance(value, str):
-            return {key: value}
-        if not isinstance(value, dict) or "arguments" in value:
-            return value
-        own = {k: v for k, v in value.items() if k in settings.model_fields}
-        return {**own, "arguments": {k: v for k, v in value.items() if k not in own}}
 
-    return BeforeValidator(widen)
+def _as_model(value: Any) -> nn.Module | ModelSettings | None:
+    if value is None or isinstance(value, nn.Module | ModelSettings):
+        return value
+    return ModelSettings.model_validate(widened(ModelSettings, "architecture", value))
+
+
+def _from_model(value: Any) -> Any:
+    """A stage's network in its recipe form; of a module only what it is."""
+    if isinstance(value, ModelSettings):
+        return value.model_dump(exclude_defaults=True)
+    return None if value is None else _describe(value)
+
+
+AnyModel = Annotated[Any, BeforeValidator(_as_model), PlainSerializer(_from_model)]
+
+
+class Stage(Settings):
+    """Methods that act together, and how to train meanwhile.
+
+    Attributes:
+        name: how reports call the stage; by default the names of its methods.
+        methods: in the order in which their hooks are called.
+        train: without it the stage does not train.
+        task: another task than the recipe's, in Python or by name.
+        model: another network that this stage and those after it work on, a module or as a recipe's
+            ``model``. The one before it is then ``"previous"``, from which it can learn or inherit.
+    """
+
+    name: str = ""
+    methods: list[AnyMethod] = Field(default_factory=list)
+    train: Train = Field(default_factory=lambda: Train(epochs=0))
+    task: Any = None
+    model: AnyModel = None
+
+    @model_validator(mode="after")
+    def _named(self) -> Stage:
+        if not self.name:
+            named = " + ".join(m.method_name() for m in self.methods) or "train"
+            object.__setattr__(self, "name", named)
+        if self.name in ("original", "previous"):
+            raise ValueError(
+                f"{self.name!r} already names a network: call the stage something else"
+            )
+        if not self.methods and not self.train.epochs:
+            raise ValueError("the stage has neither methods nor epochs: it would do nothing")
+        return self
+
+
+class ArtifactSettings(Settings):
+    """How the compressed file is written.
+
+    Attributes:
+        codec: one codec for all encoded tensors, or ``"auto"`` for the smallest a tensor.
+        floats: type of what stays a number (biases, centroids, unencoded weights). ``"float16"``
+            rounds; the score that is reported is the rounded model's.
+        profile: ``"safetensors"``, ``"compact"`` (small header, for tiny networks: of the recipe only its
+            fingerprint), or ``"auto"``.
+    """
+
+    codec: str = "auto"
+    floats: Literal["float32", "float16"] = "float32"
+    profile: Literal["auto", "safetensors", "compact"] = "safetensors"
 
 
 class Recipe(Settings):

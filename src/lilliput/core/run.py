@@ -7,7 +7,8 @@ own loop. It holds no file and no command line.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import Diverged, InputError, did_you_mean
 from .digests import mix
 from .method import Method
 from .task import Task, batch_size, move, read
@@ -24,10 +25,35 @@ from .types import Batch
 
 @dataclass
 class Player:
-    """A further network that trains, with its own optimizer (a peer, a discriminator, a teacher)."""
+    """A further network that trains, with its own optimizer (a peer, a discriminator, a teacher).
+
+    Attributes:
+        network: in train mode.
+        optimizer: over its parameters.
+        lr: its learning rate at the peak of the stage's schedule, which it follows.
+        name: for error messages.
+    """
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
+    lr: float
+    name: str
+
+    def descend(self, loss: Tensor) -> None:
+        """One step of the player's optimizer.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise Diverged(
+                f"the loss of {self.name} is {value}: this player has collapsed. Lower its learning "
+                "rate or its weight; the last checkpoint is kept."
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
 
 
 @dataclass
@@ -40,6 +66,7 @@ class Run:
         device: where it trains.
         seed: of this run; draw randomness from :meth:`generator`.
         original: the network before the first method touched it, frozen and in eval mode.
+        network: what a forward pass calls: the model, wrapped where several processes train together.
         stage: number of the stage, from 0.
         step: optimizer steps done in this stage.
         total_steps: optimizer steps of the whole stage; 0 for a stage that does not train.
@@ -54,6 +81,9 @@ class Run:
         directory: where large helper files may go; None where the run keeps no files.
         wrap: applied to helper modules, where several processes train together.
         build: makes a network from a reference in a recipe; see :meth:`find_network`.
+        new_optimizer: makes an optimizer as the stage's own is made, for players.
+        earlier: by name, functions that return the network at the end of an earlier stage.
+        shared: what methods of the stage share, such as a teacher that runs once for all of them.
         logged: figures of this step.
     """
 
@@ -62,6 +92,7 @@ class Run:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
     original: nn.Module | None = None
+    network: Callable[..., Any] | None = None
     stage: int = 0
     step: int = 0
     total_steps: int = 0
@@ -76,6 +107,9 @@ class Run:
     directory: Path | None = None
     wrap: Callable[[nn.Module], nn.Module] = field(default=lambda module: module)
     build: Callable[[Any], nn.Module] | None = None
+    new_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None
+    earlier: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
     logged: dict[str, Tensor | float] = field(default_factory=dict)
 
     @property
@@ -87,15 +121,23 @@ class Run:
         """Note a figure of this step; the log shows the mean over the epoch."""
         self.logged[name] = value.detach() if isinstance(value, Tensor) else value
 
-    def memory_of(self, method: Method) -> dict[str, Any]:
-        """The memory of one method of this stage, kept by its place in the stage."""
+    def key_of(self, method: Method) -> str:
+        """A name for one method of this stage that no other has: its place and its name."""
         for place, other in enumerate(self.methods):
             if other is method:
-                return self.memories.setdefault(f"{place}.{method.method_name()}", {})
+                return f"{place}.{method.method_name()}"
         raise InputError(f"{method.method_name()} is not part of this stage.")
+
+    def memory_of(self, method: Method) -> dict[str, Any]:
+        """The memory of one method of this stage."""
+        return self.memories.setdefault(self.key_of(method), {})
 
     def extra(self, name: str, module: nn.Module) -> nn.Module:
         """Let a helper module train with the model; call this in ``attach``.
+
+        Args:
+            name: of the helper; begin it with :meth:`key_of` the method.
+            module: an adapter, for example.
 
         Returns:
             The module to call: on the device, and wrapped where several processes train together.
@@ -107,11 +149,21 @@ class Run:
         self,
         name: str,
         network: nn.Module,
-        optimizer: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer],
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
     ) -> Player:
-        """Add a network with its own optimizer; call this in ``attach``."""
-        network = self.wrap(network.to(self.device))
-        self.players[name] = Player(network, optimizer(network.parameters()))
+        """Add a network with its own optimizer; call this in ``attach``.
+
+        Args:
+            name: of the player.
+            network: handed over; it trains from now on.
+            optimizer: makes its optimizer; by default one like the stage's.
+        """
+        make = optimizer or self.new_optimizer
+        if make is None:
+            raise InputError(f"the player {name} needs an optimizer: this run has none to copy.")
+        network = self.wrap(network.to(self.device).train())
+        made = make(network.parameters())
+        self.players[name] = Player(network, made, made.param_groups[0]["lr"], name)
         return self.players[name]
 
     def generator(self, purpose: str) -> torch.Generator:
@@ -132,7 +184,8 @@ class Run:
         """The network that a recipe refers to, for example as a teacher.
 
         Args:
-            reference: ``"original"``, a module, or what a recipe's ``model`` may be: a file, or
+            reference: ``"original"``; ``"previous"`` or the name of an earlier stage, for the network at
+                its end; a module; or what a recipe's ``model`` may be: a file, or
                 ``{architecture: ..., weights: ...}``.
 
         Returns:
@@ -142,10 +195,20 @@ class Run:
             if self.original is None:
                 raise InputError("there is no original: the run started without one.")
             return copy.deepcopy(self.original)
+        if isinstance(reference, str) and reference in self.earlier:
+            return self.earlier[reference]()
+        if isinstance(reference, str) and reference == "previous":
+            raise InputError("there is no previous network: this is the first stage.")
         if isinstance(reference, nn.Module):
             return copy.deepcopy(reference)
         if self.build is None:
             raise InputError(
                 f"{reference!r} can be built only from a recipe: give a module instead."
             )
-        return self.build(reference)
+        try:
+            return self.build(reference)
+        except InputError as error:
+            if not isinstance(reference, str) or not self.earlier:
+                raise
+            hint = did_you_mean(reference, self.earlier)
+            raise InputError(f"{error} No earlier stage has that name either.{hint}") from error

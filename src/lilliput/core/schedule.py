@@ -7,11 +7,11 @@ or not to prune" (2017): fast while the network has much to spare, slow at the e
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from .types import Fraction, Settings
+from .types import Fraction, NonNegative, Settings
 
 
 class Schedule(Settings):
@@ -55,3 +55,35 @@ class Schedule(Settings):
     def due(self, step: int, total_steps: int) -> bool:
         """Whether the amount is updated at this step of the stage."""
         return step % (self.every or max(1, total_steps // 100)) == 0
+
+
+class Ramp(Settings):
+    """A weight that moves on a straight line while a stage trains, and then stays.
+
+    Attributes:
+        start: at the first step.
+        end: from ``over`` on.
+        over: the part of the stage in which it moves.
+
+    Example:
+        >>> Ramp(start=4.0, end=1.0, over=0.5).at(0.25)
+        2.5
+    """
+
+    start: NonNegative
+    end: NonNegative
+    over: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+
+    def at(self, progress: float) -> float:
+        """The weight at a point of the stage (0 to 1)."""
+        along = min(1.0, progress / self.over)
+        return self.start + (self.end - self.start) * along
+
+
+#: A weight of a loss: a number, or one that moves.
+LossWeight: TypeAlias = NonNegative | Ramp
+
+
+def weight_at(weight: float | Ramp, progress: float) -> float:
+    """The weight at a point of the stage (0 to 1)."""
+    return weight.at(progress) if isinstance(weight, Ramp) else weight

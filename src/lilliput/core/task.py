@@ -121,7 +121,7 @@ def move(batch: Batch, device: torch.device) -> Batch:
             return x.to(device, non_blocking=True)
         return None if x is None else pytree.tree_map_only(Tensor, to, x)
 
-    return Batch(to(batch.inputs), to(batch.target), to(batch.index))
+    return Batch(to(batch.inputs), to(batch.target), to(batch.index), to(batch.views))
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:

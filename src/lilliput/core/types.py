@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from ..errors import InputError, did_you_mean
 
@@ -107,8 +108,23 @@ class Batch:
         inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         target: whatever the task's loss and score take as their second argument.
         index: int64 ``(batch,)``, the samples' numbers in the data set, where they are known.
+        views: further views of the same samples by name, which the model never sees and a teacher may:
+            the clean recording, the full-size image, the source domain.
     """
 
     inputs: Any
     target: Any
     index: Any = None
+    views: Any = None
+
+
+class Term(NamedTuple):
+    """A part of the loss and its weight; the log shows the product and the weight.
+
+    Attributes:
+        value: the part by itself, a scalar.
+        weight: what it is multiplied by at this step.
+    """
+
+    value: Tensor
+    weight: float = 1.0

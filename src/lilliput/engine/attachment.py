@@ -18,7 +18,7 @@ from ..core.types import Batch, Change
 from ..errors import InputError, ModelMismatch
 from ..mechanisms.encodings import reapply, stored_masks
 from .execute import finish_method
-from .loop import Hooks
+from .loop import Hooks, weighted_terms
 
 
 class Attachment:
@@ -38,11 +38,13 @@ class Attachment:
         *,
         steps: int,
         task: Task | None,
+        example_inputs: Any,
         seed: int,
     ) -> None:
         for method in methods:
             _refuse_own_step(method)
-        self._seen: list[Batch] = []
+        # What a method sees of the data: the example, then the present batch.
+        self._seen = [] if example_inputs is None else [Batch(example_inputs, None)]
         own_loop = Task(self._seen, self._seen, None, _no_loss, _no_loss, name="your own loop")
         self.run = Run(
             model=model,
@@ -50,6 +52,7 @@ class Attachment:
             device=example_device(model),
             seed=mix(seed),
             original=copy.deepcopy(model).eval().requires_grad_(False),
+            network=model,
             total_steps=steps,
             methods=[method.model_copy() for method in methods],
         )
@@ -83,12 +86,13 @@ class Attachment:
             )
         self.run.output = output
         weight = math.prod(hook(self.run) for hook in self._hooks.task_weight)
-        terms = [] if task_loss is None or weight == 0 else [weight * task_loss]
+        terms = {} if task_loss is None or weight == 0 else {"loss/task": weight * task_loss}
         for hook in self._hooks.loss:
-            terms += hook(self.run).values()
+            weighted_terms(hook(self.run), terms, self.run.logged)
         if not terms:
             raise ModelMismatch("there is no loss: neither the loop nor a method gave one.")
-        total: Tensor = sum(terms[1:], terms[0])
+        first, *others = terms.values()
+        total: Tensor = sum(others, first)
         return total
 
     def after_backward(self) -> None:

@@ -70,9 +70,8 @@ def share(batch: Batch) -> Batch:
             )
         return x[rank() :: world()]
 
-    return Batch(
-        *(pytree.tree_map(cut, part) for part in (batch.inputs, batch.target, batch.index))
-    )
+    parts = (batch.inputs, batch.target, batch.index, batch.views)
+    return Batch(*(pytree.tree_map(cut, part) for part in parts))
 
 
 def mean(value: Tensor) -> Tensor:

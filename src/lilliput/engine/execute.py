@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..measure.latency import torch_threads
 from ..mechanisms.encodings import bake
 from . import distributed
 from .checkpoint import load_model_tree, model_tree
-from .optim import freeze_others, optimizer_class
+from .optim import build_optimizer, freeze_others, optimizer_class
 from .outcome import Result, check_codec, expectations, stage_record
 from .progress import Watcher
 from .records import RunDirectory, fingerprint
@@ -39,7 +40,7 @@ class Job:
     """What is to be executed: a recipe with its model and tasks built.
 
     Attributes:
-        model: the network to start from; it is changed in place, so hand over a copy.
+        model: the network to start from; it stays as it is.
         task: what it must do.
         stages: what happens to it.
         description: JSON-ready; the run directory belongs to it.
@@ -50,6 +51,7 @@ class Job:
         artifact: how files are written.
         expect: conditions on the result.
         stage_tasks: tasks of the stages that have their own.
+        stage_models: networks of the stages that bring their own, by the stages' numbers.
         build: makes the networks that methods refer to.
     """
 
@@ -64,6 +66,7 @@ class Job:
     artifact: ArtifactSettings = field(default_factory=ArtifactSettings)
     expect: dict[str, str] = field(default_factory=dict)
     stage_tasks: dict[int, Task] = field(default_factory=dict)
+    stage_models: dict[int, nn.Module] = field(default_factory=dict)
     build: Callable[[Any], nn.Module] | None = None
 
 
@@ -100,13 +103,19 @@ def execute(
             watcher.close()
 
 
+#: The number of the "stage" that brings the run's first network.
+_START = -1
+
+
 class _Execution:
     """One execution of a job."""
 
     def __init__(self, job: Job, home: RunDirectory, watchers: Sequence[Watcher]) -> None:
         self.job, self.home, self.watchers = job, home, watchers
+        # Stages work on copies, so that a network can be built anew as any stage left it.
+        self.templates = {_START: job.model, **job.stage_models}
         self.run = Run(
-            model=job.model.to(job.device),
+            model=self._fresh(_START),
             task=job.task,
             device=job.device,
             seed=job.seed,
@@ -131,28 +140,49 @@ class _Execution:
         if not self.job.stages:
             raise InputError("there is nothing to do: give at least one stage.")
         check_codec(self.job.artifact.codec)
-        for stage in self.job.stages:
+        for number, stage in enumerate(self.job.stages):
             optimizer_class(stage.train.optimizer)
             for method in stage.methods:
-                method.check(self.run.model)
+                method.check(self.templates[self._owner(number)])
+
+    def _owner(self, number: int) -> int:
+        """The stage that brought the network of a stage."""
+        return max(n for n in self.templates if n <= number)
+
+    def _fresh(self, number: int) -> nn.Module:
+        """A copy of a stage's network before anything happened to it."""
+        return copy.deepcopy(self.templates[self._owner(number)]).to(self.job.device)
 
     def _take_up(self) -> None:
         """Begin, or go on after the last finished stage."""
-        model, home = self.run.model, self.home
-        start = home.load("start")
-        if start is None:
-            home.save("start", {"model": model_tree(model)})
+        run, home = self.run, self.home
+        if home.load("start") is None:
+            home.save("start", {"model": model_tree(run.model)})
             return
-        load_model_tree(model, start["model"])
         original = home.load("original")
         if original is not None:
-            load_model_tree(model, original["model"])
+            run.model = self._as_left("original", original["stage"])
             self._set_original(original["figures"])
         done = [n for n in range(len(self.job.stages)) if home.checkpoint(f"stage-{n}").exists()]
         if done:
             last: Any = home.load(f"stage-{done[-1]}")
-            load_model_tree(model, last["model"])
+            run.model = self._as_left(f"stage-{done[-1]}", done[-1])
             self.records, self.changes = last["records"], last["changes"]
+        else:
+            run.model = self._as_left("start", _START)
+
+    def _as_left(self, checkpoint: str, number: int) -> nn.Module:
+        """A stage's network as a checkpoint has it."""
+        tree: Any = self.home.load(checkpoint)
+        model = self._fresh(number)
+        load_model_tree(model, tree["model"])
+        return model
+
+    def _end_of(self, number: int) -> nn.Module:
+        """The plain network that a finished stage left, to learn from."""
+        name = "start" if number == _START else f"stage-{number}"
+        distributed.barrier()
+        return bake(self._as_left(name, number)).eval().requires_grad_(False)
 
     def _set_original(self, figures: dict[str, Any]) -> None:
         """Keep the network as it is now: the baseline, and the usual teacher."""
@@ -180,17 +210,33 @@ class _Execution:
         """A clean run for the stage; the method objects are its own."""
         run = self.run
         run.stage, run.step, run.epoch = number, 0, 0
-        run.task = self.job.stage_tasks.get(number, self.job.task).placed(run.device)
+        run.task = self._task(number)
+        if (stage.methods or stage.model is not None) and run.original is None:
+            self._measure_original(number)
+        if stage.model is not None:
+            run.model = self._fresh(number)
         run.methods = [method.model_copy() for method in stage.methods]
         run.memories, run.extras, run.players, run.optimizer = {}, {}, {}, None
+        run.network, run.shared = run.model, {}
+        run.new_optimizer = partial(build_optimizer, stage.train)
+        done = list(enumerate(self.job.stages))[:number]
+        run.earlier = {earlier.name: partial(self._end_of, n) for n, earlier in done}
+        run.earlier["previous"] = partial(self._end_of, number - 1)
         run.total_steps = stage.train.epochs * length(run.task.train) if stage.train.epochs else 0
         seed_all(run.seed, number, deterministic=self.job.deterministic)
-        if stage.methods and run.original is None:
-            score = evaluate(run.model, run.task.reported, run.task.score, run.device)
-            self.home.save(
-                "original", {"model": model_tree(run.model), "figures": {"score": score}}
-            )
-            self._set_original({"score": score})
+
+    def _task(self, number: int) -> Task:
+        """What the network of a stage must do."""
+        return self.job.stage_tasks.get(number, self.job.task).placed(self.run.device)
+
+    def _measure_original(self, number: int) -> None:
+        """The network before the first method: what every ratio is taken to."""
+        run, before = self.run, number - 1
+        task = self._task(max(0, before))  # what it was trained for
+        figures = {"score": evaluate(run.model, task.reported, task.score, run.device)}
+        tree = {"model": model_tree(run.model), "figures": figures, "stage": before}
+        self.home.save("original", tree)
+        self._set_original(figures)
 
     def _close_stage(self, stage: Stage, changes: list[Change]) -> None:
         """Write the file, measure what it holds, and only then call the stage done."""

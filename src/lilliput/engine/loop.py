@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,12 +33,12 @@ from ..core.method import Method, overrides
 from ..core.recipe import Train
 from ..core.run import Run
 from ..core.task import answer, explain_mismatch
-from ..core.types import Batch
+from ..core.types import Batch, Term
 from ..errors import Diverged, InputError, ModelMismatch
 from ..mechanisms.encodings import reapply, stored_masks
 from ..mechanisms.surgery import last_plan
 from . import distributed
-from .optim import rate, set_rate
+from .optim import follow, rate, set_rate
 
 
 class Hooks:
@@ -87,7 +87,6 @@ class Loop:
         run: the run.
         train: how the stage trains.
         hooks: of the stage's methods.
-        network: what is called for the forward pass: the model, wrapped where processes share it.
         tally: figures of the epoch so far.
         scaler: of the gradients, for 16-bit floats on a GPU.
         inside_step: whether a step has begun and not ended.
@@ -96,7 +95,6 @@ class Loop:
     run: Run
     train: Train
     hooks: Hooks
-    network: Callable[..., Any]
     tally: Tally = field(default_factory=Tally)
     scaler: torch.amp.GradScaler | None = None
     inside_step: bool = False
@@ -105,6 +103,7 @@ class Loop:
         # Masks of earlier stages too: their zeros must survive whatever trains now.
         self.masks = stored_masks(self.run.model)
         self._channels = last_plan(self.run.model)
+        self.run.network = distributed.wrap(self.run.model)
 
     def step(self, batch: Batch) -> None:
         """One batch, from ``before_step`` to ``after_step``."""
@@ -112,7 +111,10 @@ class Loop:
         self.inside_step = True
         run.batch = batch
         if run.optimizer is not None:
-            set_rate(run.optimizer, rate(self.train, run.progress))
+            now = rate(self.train, run.progress)
+            set_rate(run.optimizer, now)
+            if run.players:
+                follow(run.players, now / self.train.lr)
         for hook in self.hooks.before_step:
             hook(run)
         self._follow_surgery()
@@ -131,15 +133,15 @@ class Loop:
         """Wrap the network anew when channels were cut: a wrapper shares gradients of fixed shapes."""
         channels = last_plan(self.run.model)
         if channels is not self._channels:
-            self.network, self._channels = distributed.wrap(self.run.model), channels
+            self.run.network, self._channels = distributed.wrap(self.run.model), channels
 
     def _forward_and_backward(self) -> Tensor:
         run, optimizer = self.run, self.run.optimizer
-        assert optimizer is not None
+        assert optimizer is not None and run.network is not None
         optimizer.zero_grad(set_to_none=True)
         with self._precision():
             forward = self.hooks.forward
-            run.output = forward(run) if forward else answer(self.network, run.batch.inputs)
+            run.output = forward(run) if forward else answer(run.network, run.batch.inputs)
             loss = self.total_loss()
         self._backward(loss)
         for hook in self.hooks.after_backward:
@@ -155,7 +157,7 @@ class Loop:
         if weight:
             terms["loss/task"] = task_loss(run) * weight if weight != 1.0 else task_loss(run)
         for hook in self.hooks.loss:
-            terms.update({f"loss/{name}": value for name, value in hook(run).items()})
+            weighted_terms(hook(run), terms, run.logged)
         if not terms:
             raise InputError(
                 "the stage has no loss: the task's weight is 0 and no method of it adds a term."
@@ -198,6 +200,23 @@ class Loop:
                 f"stage {self.run.stage + 1}. The last checkpoint is kept. Lower the learning rate "
                 "(train.lr), clip the gradient (train.clip), or look for empty or constant inputs."
             )
+
+
+def weighted_terms(
+    found: Mapping[str, Tensor | Term], terms: dict[str, Tensor], logged: dict[str, Any]
+) -> None:
+    """Add the terms of one method to ``terms``, times their weights, and note the weights.
+
+    A second method of the same kind gets a number behind its name: no term takes another's place.
+    """
+    for name, term in found.items():
+        place, count = f"loss/{name}", 2
+        while place in terms:
+            place, count = f"loss/{name} {count}", count + 1
+        if isinstance(term, Term):
+            logged[place.replace("loss/", "weight/", 1)] = term.weight
+            term = term.value * term.weight
+        terms[place] = term
 
 
 def task_loss(run: Run) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..core.recipe import Train
-from ..core.run import Run
+from ..core.run import Player, Run
 from ..core.select import matches
 from ..errors import InputError, NothingMatched, UnknownName
 
@@ -108,3 +108,9 @@ def set_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = value
+
+
+def follow(players: Mapping[str, Player], share: float) -> None:
+    """Let the players' learning rates be the same share of their peaks as the stage's is of its own."""
+    for player in players.values():
+        set_rate(player.optimizer, player.lr * share)

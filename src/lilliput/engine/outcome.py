@@ -98,7 +98,7 @@ class Result:
                 f"{stage['nonzeros']:,}",
                 f"{stage['bytes']:,}",
                 f"{stage['size_ratio']:.1f}x smaller",
-                f"{stage['latency_ratio']:.2f}x",
+                "" if stage["latency_ratio"] is None else f"{stage['latency_ratio']:.2f}x",
             )
         return table
 
@@ -203,21 +203,25 @@ def _columns(file: artifact.Artifact) -> dict[str, int] | None:
 def _compute(loaded: nn.Module, run: Run) -> dict[str, Any]:
     """Work and time of a forward pass of one sample, on the processor.
 
-    A network that cannot run there alone is still worth its other figures.
+    A network that cannot run there alone is still worth its other figures, and so is one whose
+    original takes other inputs.
     """
     example = run.task.example_inputs()
+    nothing = dict.fromkeys(("macs", "sparse_macs", "energy_pj", "latency_ratio"))
     try:
         work = macs(loaded, example)
+        figures = nothing | {
+            "macs": work.total,
+            "sparse_macs": work.sparse_macs,
+            "energy_pj": energy(loaded, example, skip_zeros=True).total_pj,
+        }
+    except LilliputError as error:
+        return {**nothing, "unmeasured": str(error)}
+    try:
         ratio = 1.0 if run.original is None else _time_ratio(loaded, run.original, example)
     except LilliputError as error:
-        nothing = dict.fromkeys(("macs", "sparse_macs", "energy_pj", "latency_ratio"))
-        return {**nothing, "unmeasured": str(error)}
-    return {
-        "macs": work.total,
-        "sparse_macs": work.sparse_macs,
-        "energy_pj": energy(loaded, example, skip_zeros=True).total_pj,
-        "latency_ratio": ratio,
-    }
+        return {**figures, "unmeasured": str(error)}
+    return {**figures, "latency_ratio": ratio}
 
 
 def _time_ratio(loaded: nn.Module, dense: nn.Module, example: Any) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io as text_io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,7 +20,7 @@ from torch import nn
 
 from .. import io
 from ..core import registry
-from ..core.recipe import ModelSettings, Recipe, Stage, TaskSettings, Train
+from ..core.recipe import ModelSettings, Recipe, Stage, TaskSettings, Train, widened
 from ..core.task import Task
 from ..errors import InputError, LilliputError, RecipeError, did_you_mean
 from . import distributed
@@ -96,6 +96,9 @@ def _checks(recipe: Recipe) -> Iterator[tuple[Place, Callable[[], Any]]]:
     for number, stage in enumerate(recipe.stages):
         place = ("stages", number, "train", "optimizer")
         yield place, partial(optimizer_class, stage.train.optimizer)
+        if isinstance(stage.model, ModelSettings):
+            named = stage.model.architecture or stage.model.build or ""
+            yield ("stages", number, "model"), partial(_check_reference, "architecture", named)
     yield ("artifact", "codec"), partial(check_codec, recipe.artifact.codec)
     yield ("device",), partial(distributed.device_of, recipe.device)
     for name, condition in recipe.expect.items():
@@ -115,8 +118,9 @@ def build_job(recipe: Recipe) -> Job:
     """
     seed_all(recipe.seed, "model", deterministic=recipe.deterministic)
     tasks = {n: _build_stage_task(s) for n, s in enumerate(recipe.stages) if s.task is not None}
+    model = build_model(recipe.model)
     return Job(
-        model=build_model(recipe.model),
+        model=model,
         task=build_task(recipe.task),
         stages=recipe.stages,
         description=recipe.model_dump(mode="json", exclude_none=True),
@@ -127,8 +131,18 @@ def build_job(recipe: Recipe) -> Job:
         artifact=recipe.artifact,
         expect=recipe.expect,
         stage_tasks=tasks,
+        stage_models=build_stage_models(recipe.stages),
         build=build_network,
     )
+
+
+def build_stage_models(stages: Sequence[Stage]) -> dict[int, nn.Module]:
+    """The networks of the stages that bring their own, by the stages' numbers."""
+    return {
+        number: build_model(s.model) if isinstance(s.model, ModelSettings) else s.model
+        for number, s in enumerate(stages)
+        if s.model is not None
+    }
 
 
 def build_model(settings: ModelSettings) -> nn.Module:
@@ -156,7 +170,7 @@ def build_network(reference: Any) -> nn.Module:
     if isinstance(reference, str):
         raise InputError(f"there is no file {reference!r} to load a network from.")
     try:
-        settings = ModelSettings.model_validate(_widened_model(reference))
+        settings = ModelSettings.model_validate(widened(ModelSettings, "architecture", reference))
     except pydantic.ValidationError as error:
         raise InputError(
             f"{reference!r} does not say which network: give 'original', a file, a module, or "
@@ -194,14 +208,6 @@ def _build_stage_task(stage: Stage) -> Task:
         return stage.task
     settings = {"name": stage.task} if isinstance(stage.task, str) else stage.task
     return build_task(TaskSettings.model_validate(settings))
-
-
-def _widened_model(reference: Any) -> Any:
-    own = ModelSettings.model_fields
-    if not isinstance(reference, dict) or "arguments" in reference:
-        return reference
-    known = {k: v for k, v in reference.items() if k in own}
-    return {**known, "arguments": {k: v for k, v in reference.items() if k not in own}}
 
 
 def _read_yaml(path: Path) -> CommentedMap:

@@ -59,7 +59,7 @@ class Training:
             self.batches = hook(run, self.batches)
         run.total_steps = train.epochs * length(self.batches)
         run.optimizer = build_optimizer(train, trained_parameters(run, train))
-        self.loop = Loop(run, train, hooks, distributed.wrap(run.model))
+        self.loop = Loop(run, train, hooks)
         if train.precision == "float16" and run.device.type == "cuda":
             self.loop.scaler = torch.amp.GradScaler()
 

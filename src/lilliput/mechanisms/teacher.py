@@ -1,8 +1,11 @@
 """Where target outputs come from: networks that run along, or a file of their outputs.
 
 A source answers with the logits of all its members, shape ``(members, batch, ...)``, for the batch of
-the run. Teachers run in eval mode under ``no_grad`` (not ``inference_mode``, whose outputs a loss
-cannot save), and :meth:`Live.check` fails if one of their parameters or buffers has moved.
+the run. Methods of one stage that name the same teacher share it (:func:`shared_teacher`): it runs
+once a step for all of them, and their taps on it see the same forward pass. A teacher may look at
+another view of the samples than the student (``Batch.views``). Teachers run in eval mode under
+``no_grad`` (not ``inference_mode``, whose outputs a loss cannot save), and :meth:`Live.check` fails if
+one of their parameters or buffers has moved.
 
 The surprising rule: a cache is keyed by what the samples *contain*. Each cached row carries a
 fingerprint of its input, so an augmented or exchanged sample is refused instead of being paired
@@ -23,7 +26,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..core.digests import weights_digest
-from ..core.task import call, move, read
+from ..core.run import Run
+from ..core.task import answer, move, read
 from ..core.types import Batch
 from ..errors import InputError, ModelMismatch
 
@@ -44,16 +48,27 @@ class Live:
     Args:
         networks: frozen and put into eval mode here, so hand over copies of what still trains.
         device: where they run.
+        view: which view of the samples they look at; None for the student's inputs.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], device: torch.device) -> None:
+    def __init__(
+        self, networks: Sequence[nn.Module], device: torch.device, view: str | None = None
+    ) -> None:
         self.networks = [n.eval().requires_grad_(False).to(device) for n in networks]
+        self.view = view
         self._versions = self._state_versions()
+        self._last: tuple[Batch, Tensor] | None = None
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """Logits of each member; asked again for the same batch, they do not run again."""
+        if self._last is None or self._last[0] is not batch:
+            self._last = (batch, self._ask(batch))
+        return self._last[1]
 
     @torch.no_grad()
-    def outputs(self, batch: Batch) -> Tensor:
-        """Logits of each member."""
-        members = [call(network, batch.inputs) for network in self.networks]
+    def _ask(self, batch: Batch) -> Tensor:
+        inputs = seen_by(batch, self.view)
+        members = [answer(network, inputs) for network in self.networks]
         return members[0].unsqueeze(0) if len(members) == 1 else torch.stack(members)
 
     def check(self) -> None:
@@ -66,6 +81,40 @@ class Live:
 
     def _state_versions(self) -> list[int]:
         return [t._version for n in self.networks for t in (*n.parameters(), *n.buffers())]
+
+
+def shared_teacher(run: Run, references: Any, view: str | None = None) -> Live:
+    """The teacher, or the ensemble, that methods of this stage name; made at the first request.
+
+    Args:
+        run: in which it teaches.
+        references: one network or a list of them; see :meth:`~lilliput.core.run.Run.find_network`.
+        view: which view of the samples it looks at.
+    """
+    members = references if isinstance(references, list) else [references]
+    # A module stands for itself, anything else for what it says.
+    key = ("teacher", view, *(m if isinstance(m, nn.Module) else repr(m) for m in members))
+    if key not in run.shared:
+        run.shared[key] = Live([run.find_network(m) for m in members], run.device, view)
+    teacher: Live = run.shared[key]
+    return teacher
+
+
+def seen_by(batch: Batch, view: str | None) -> Any:
+    """What a teacher looks at: a view of the batch, or its inputs.
+
+    Raises:
+        ModelMismatch: the batch has no such view.
+    """
+    if view is None:
+        return batch.inputs
+    if not isinstance(batch.views, dict) or view not in batch.views:
+        raise ModelMismatch(
+            f"the teacher should look at the view {view!r}, and the batches have "
+            f"{sorted(batch.views) if batch.views else 'no further views'}: let the task yield "
+            f"Batch(inputs, target, views={{{view!r}: ...}})."
+        )
+    return batch.views[view]
 
 
 class Cached:
@@ -97,12 +146,12 @@ class Cached:
         self._slack = 1e-3 + 1e-3 * np.abs(self._prints)
         # As a plain array: numpy indexes it faster than a memmap, and it still lies on the disk.
         self._rows = np.asarray(np.memmap(path, dtype=np.float16, mode="r", shape=shape))
-        self._device = device
+        self._device, self._view = device, teachers.view
 
     def outputs(self, batch: Batch) -> Tensor:
         """Logits of each member, read from the file."""
         numbers = _numbers(batch).numpy()
-        self._check_samples(numbers, _prints(batch.inputs).cpu().numpy())
+        self._check_samples(numbers, _prints(seen_by(batch, self._view)).cpu().numpy())
         rows = torch.from_numpy(self._rows.take(numbers, axis=0, mode="clip"))
         return rows.to(self._device, torch.float32).transpose(0, 1)
 
@@ -126,7 +175,8 @@ def _record(
     for item in read(batches, "the training batches to cache"):
         batch = move(item, device)
         outputs = teachers.outputs(batch).movedim(0, 1).half().cpu().numpy()
-        found.append((_numbers(item).numpy(), outputs, _prints(batch.inputs).cpu().numpy()))
+        prints = _prints(seen_by(batch, teachers.view)).cpu().numpy()
+        found.append((_numbers(item).numpy(), outputs, prints))
     numbers, outputs, prints = (np.concatenate(part) for part in zip(*found, strict=True))
     rows = np.zeros((numbers.max() + 1, *outputs.shape[1:]), np.float16)
     marks = np.full(len(rows), np.nan, np.float32)

@@ -31,7 +31,7 @@ from ...core.registry import method
 from ...core.run import Run
 from ...core.types import Change, NonNegative, Positive
 from ...errors import ModelMismatch
-from ...mechanisms.teacher import Cached, Live, Source
+from ...mechanisms.teacher import Cached, Source, shared_teacher
 
 
 def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -96,8 +96,7 @@ class SoftTargets(Method):
 
     def attach(self, run: Run) -> None:
         """Find the teacher, and record its outputs if they are to be cached."""
-        references = self.teacher if isinstance(self.teacher, list) else [self.teacher]
-        live = Live([run.find_network(reference) for reference in references], run.device)
+        live = shared_teacher(run, self.teacher)
         self._source = live
         if self.cache:
             self._source = Cached(self._cache_file(run), live, run.task.train, run.device)
