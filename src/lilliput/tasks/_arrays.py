@@ -7,7 +7,7 @@ calls it once an epoch with a new seed; without it every epoch sees the same bat
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -35,9 +35,12 @@ class ArrayBatches:
         prepare: fixed change of one batch's inputs, after ``augment``; for example the conversion
             of bytes, which take a quarter of the memory, to normalized floats.
         drop_last: leave out a last, smaller batch.
+        views: further views of the samples by name, ``(samples, ...)``; see
+            :class:`~lilliput.core.types.Batch`. They are handed over as they are.
 
     Raises:
-        InputError: the tensors differ in length or the batch size is below 1.
+        InputError: the tensors differ in length, the batch size is below 1, or views go with
+            ``augment``, which would change one side of a pair only.
 
     Example:
         >>> batches = ArrayBatches(torch.eye(5), torch.arange(5), batch_size=2, shuffle=True)
@@ -56,17 +59,25 @@ class ArrayBatches:
         augment: Augment | None = None,
         prepare: Prepare | None = None,
         drop_last: bool = False,
+        views: Mapping[str, Tensor] | None = None,
     ) -> None:
-        if len(inputs) != len(target):
+        for what, values in {"inputs": inputs, **(views or {})}.items():
+            if len(values) != len(target):
+                raise InputError(
+                    f"{len(values)} {what} and {len(target)} targets do not make pairs: give one "
+                    "target for each input."
+                )
+        if views and augment:
             raise InputError(
-                f"{len(inputs)} inputs and {len(target)} targets do not make pairs: give one "
-                "target for each input."
+                f"the views {', '.join(views)} cannot follow the random augmentation of the inputs: "
+                "leave it out."
             )
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; a batch has at least 1 sample.")
         self.inputs, self.target, self.batch_size = inputs, target, batch_size
         self.shuffle, self.drop_last = shuffle, drop_last
         self.augment, self.prepare = augment, prepare
+        self.views = dict(views or {})
         self._seed = 0
 
     @property
@@ -87,6 +98,7 @@ class ArrayBatches:
         """The same batches, in the same order, with the whole data set on the device."""
         moved = copy.copy(self)
         moved.inputs, moved.target = self.inputs.to(device), self.target.to(device)
+        moved.views = {name: view.to(device) for name, view in self.views.items()}
         return moved
 
     def __len__(self) -> int:
@@ -103,7 +115,8 @@ class ArrayBatches:
                 inputs = self.augment(inputs, generator)
             if self.prepare is not None:
                 inputs = self.prepare(inputs)
-            yield Batch(inputs, self.target.index_select(0, index), index)
+            views = {name: view.index_select(0, index) for name, view in self.views.items()}
+            yield Batch(inputs, self.target.index_select(0, index), index, views or None)
 
     def _order(self, generator: torch.Generator) -> Tensor:
         if self.shuffle:
