@@ -42,7 +42,7 @@ class LstmForecaster(nn.Module):
 def lstm_forecaster(
     features: int = 7, hidden: int = 64, layers: int = 1, horizon: int = 24
 ) -> nn.Module:
-    """An LSTM and a linear layer that forecast several series at once.
+    """An LSTM and a linear layer that forecast several series at once, 29,608 parameters.
 
     Input ``(batch, window, features)`` for a window of any length, output ``(batch, horizon, features)``.
 

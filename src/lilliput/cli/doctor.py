@@ -29,6 +29,8 @@ _FOLDERS = {
     "mnist": (mnist.MNIST.train[0].folder,),
     "fashion_mnist": (fashion_mnist.FASHION_MNIST.train[0].folder,),
     "cifar10": (cifar10.BINARY.folder, "cifar10-jpeg", "cifar10-lossless"),
+    "ett": ("ett",),
+    "fsdd": ("fsdd",),
 }
 
 
