@@ -68,7 +68,7 @@ class Live:
     @torch.no_grad()
     def _ask(self, batch: Batch) -> Tensor:
         inputs = seen_by(batch, self.view)
-        members = [answer(network, inputs) for network in self.networks]
+        members = [logits_of(answer(network, inputs)) for network in self.networks]
         return members[0].unsqueeze(0) if len(members) == 1 else torch.stack(members)
 
     def check(self) -> None:
@@ -98,6 +98,21 @@ def shared_teacher(run: Run, references: Any, view: str | None = None) -> Live:
         run.shared[key] = Live([run.find_network(m) for m in members], run.device, view)
     teacher: Live = run.shared[key]
     return teacher
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of a network's output: itself, or what Hugging Face's networks call ``logits``.
+
+    Raises:
+        ModelMismatch: there are none.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ModelMismatch(
+            f"the teacher's output is a {type(output).__name__} without logits: wrap the network in a "
+            "module that returns a tensor."
+        )
+    return logits
 
 
 def seen_by(batch: Batch, view: str | None) -> Any:

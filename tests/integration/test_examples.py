@@ -1,0 +1,47 @@
+"""The examples of loops that belong to somebody else run, where their packages are present."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_a_plain_loop() -> None:
+    score = runpy.run_path(str(EXAMPLES / "plain_torch.py"))["main"](epochs=8)
+    assert score > 75
+
+
+@pytest.mark.parametrize(
+    ("name", "packages", "at_least"),
+    [
+        ("lightning_module", ("lightning",), 90.0),
+        ("hugging_face_trainer", ("transformers", "accelerate"), 85.0),
+    ],
+)
+def test_somebody_elses_loop(name: str, packages: tuple[str, ...], at_least: float) -> None:
+    """In a process of its own: these packages change warnings and logging for good."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]);"
+        "from coverage import stand_in_for_operators; stand_in_for_operators();"
+        "import runpy; print('score', runpy.run_path(sys.argv[2])['main']())"
+    )
+    here = [str(EXAMPLES.parent / "benchmarks"), str(EXAMPLES / f"{name}.py")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *here],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout.split("score ")[-1]) > at_least
