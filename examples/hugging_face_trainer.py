@@ -2,8 +2,8 @@
 
 python examples/hugging_face_trainer.py
 
-Needs ``transformers`` and ``accelerate``. The networks are small, with random weights, and the task is made up:
-does a sequence hold more small than large tokens? So nothing is downloaded.
+Needs ``transformers`` and ``accelerate``. The networks are small, with random weights, and the task is
+made up: does a sequence hold more small than large tokens? So nothing is downloaded.
 """
 
 from __future__ import annotations
