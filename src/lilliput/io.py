@@ -29,7 +29,7 @@ from .errors import (
 )
 from .measure import effective_state
 from .mechanisms.encodings import Codebook, encoding_of, original_of
-from .mechanisms.surgery import Plan, apply_plan, plan_of, transaction
+from .mechanisms.surgery import Plan, apply_plan, checked_plan, transaction
 
 Path_ = str | PathLike[str]
 
@@ -51,6 +51,10 @@ def save(
         recipe: what made the model, for the record.
         figures: what was measured on it, for the record.
 
+    Raises:
+        ModelMismatch: a part of the model was cut on its own after the network around it was, so that
+            no fresh instance could take the file in; nothing is written.
+
     Example:
         >>> import tempfile, lilliput
         >>> net = lilliput.build("lenet_300_100")
@@ -60,7 +64,7 @@ def save(
         True
     """
     settings = settings or ArtifactSettings()
-    plan = plan_of(model)
+    plan = checked_plan(model)
     artifact.write(
         path,
         parts(model),
@@ -80,7 +84,7 @@ def load(path: Path_, *, model: nn.Module | None = None, max_bytes: int | None =
     Args:
         path: the file.
         model: an instance to fill, where the file names no registered architecture; of a network that
-            lost channels a whole one, as its class builds it.
+            lost channels or modules a whole one, as its class builds it.
         max_bytes: refuse a file whose decoded tensors are larger; by default 8 GiB.
 
     Raises:
@@ -152,7 +156,7 @@ def _structure(file: artifact.Artifact) -> dict[str, Any]:
 
 
 def _thin_and_fill(model: nn.Module, plan: Any, state: dict[str, Tensor], path: Path_) -> None:
-    """Cut out the channels that the network in the file has lost, and take in its tensors."""
+    """Cut out what the network in the file has lost, and take in its tensors."""
     if plan is None:
         _fill(model, state, path)
         return

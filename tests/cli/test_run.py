@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,20 @@ def test_the_same_command_again_gives_the_same_and_one_json_object(
     assert all(set(s) >= {"score", "bytes", "size_ratio", "nonzeros"} for s in figures["stages"])
     assert figures["bytes"] == (home / "model.safetensors").stat().st_size
     assert figures["size_ratio"] == figures["dense_bytes"] / figures["bytes"]
+
+
+def test_removed_blocks_and_thinner_layers_are_printed(
+    done: tuple[Path, Answer], recipe: Path, tmp_path: Path
+) -> None:
+    home = shutil.copytree(done[0], tmp_path / "run")
+    block = {"where": "layer1.1", "what": "block", "before": "4,672 parameters", "after": "removed"}
+    layer = {"where": "conv1", "what": "channels", "before": 1600, "after": 8}
+    changes = [c | {"method": "structured_sparsity", "note": ""} for c in (block, layer)]
+    (home / "changes.json").write_text(json.dumps([[], changes]))
+    answer = typed("run", recipe, "--directory", home, "--quiet", "--no-report")
+    lines = [line.split() for line in answer.out.splitlines()]
+    assert ["layer1.1", "4,672", "parameters", "removed"] in lines
+    assert ["conv1", "1,600", "8"] in lines
 
 
 def test_an_expectation_that_fails(done: tuple[Path, Answer], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 import lilliput
 from lilliput import Stage, Train
-from lilliput.architectures.resnet_cifar import resnet8
+from lilliput.architectures.resnet_cifar import resnet8, resnet20
 from lilliput.core.run import Run
 from lilliput.core.select import select
 from lilliput.core.task import Task, evaluation
@@ -24,7 +24,8 @@ from lilliput.engine.progress import Watcher
 from lilliput.errors import InputError, NothingChanged, NothingMatched
 from lilliput.mechanisms.groups import find_groups
 from lilliput.mechanisms.surgery import plan_of
-from lilliput.methods import Codebook, StructuredSparsity
+from lilliput.methods import Codebook, Magnitude, StructuredSparsity
+from lilliput.methods.prune._blocks import find_blocks
 from lilliput.methods.prune.structured_sparsity import (
     alive,
     bypassed,
@@ -449,6 +450,326 @@ def test_a_zero_block_is_the_identity() -> None:
         x = torch.relu(x + net.a2(torch.relu(net.a1(x))))
         without = net.head(x.mean((2, 3)))
     torch.testing.assert_close(logits(net, inputs), without)
+
+
+def resnet(build: Any = resnet20) -> Any:
+    """A CIFAR ResNet with statistics and shifts that are not the identity."""
+    torch.manual_seed(0)
+    net = build(classes=3)
+    for name, parameter in net.named_parameters():
+        if "bn" in name and name.endswith("bias"):
+            parameter.data.normal_(0, 0.1)
+    net(torch.randn(16, 3, 16, 16))
+    return net.eval()
+
+
+def without(net: Any, *blocks: str) -> Any:
+    """A copy in which blocks of the network are identities."""
+    other = copy.deepcopy(net)
+    for block in blocks:
+        group, _, number = block.partition(".")
+        other.get_submodule(group)[int(number)] = nn.Identity()
+    return other
+
+
+def silence(net: nn.Module, norm: str) -> None:
+    """Let a batch normalization send zeros."""
+    net.get_parameter(f"{norm}.weight").data.zero_()
+    net.get_parameter(f"{norm}.bias").data.zero_()
+
+
+def finished(net: nn.Module, task: Task, **settings: Any) -> dict[str, Any]:
+    """What the method changes in the network as it is: (where, what) -> the change."""
+    method = StructuredSparsity(**{"penalty": {"depth": 0.1}, "round_to": 1, **settings})
+    changes = lilliput.attach(net, method, task=task).finish()
+    return {(c.where, c.what): c for c in changes}
+
+
+@pytest.mark.parametrize("zero", ["conv1", "conv2"])
+def test_a_block_is_removed_whole_when_its_depth_group_is_zero(zero: str) -> None:
+    """ResNet-20: nothing of the block is left, and the network computes what it did without it."""
+    net, task = resnet(), task_of(3, 16, 16)
+    net.get_submodule(f"layer2.1.{zero}").weight.data.zero_()
+    silence(net, "layer2.1.bn2")
+    whole, inputs = copy.deepcopy(net), next(iter(task.validation)).inputs
+    changes = finished(net, task)
+    assert torch.equal(logits(net, inputs), logits(whole, inputs))
+    assert torch.equal(logits(net, inputs), logits(without(whole, "layer2.1"), inputs))
+    assert type(net.layer2[1]) is nn.Identity
+    assert plan_of(net).removed == ("layer2.1",)
+    gone = sum(p.numel() for p in whole.layer2[1].parameters())
+    assert sum(p.numel() for p in net.parameters()) == 269_267 - gone
+    block = changes["layer2.1", "block"]
+    assert (block.before, block.after) == (f"{gone:,} parameters", "removed")
+    assert zero in block.note
+    assert "moved" not in block.note
+    assert changes["model", "parameters"].after == 269_267 - gone
+    assert set(changes) == {("layer2.1", "block"), ("model", "parameters"), ("model", "macs")}
+
+
+@pytest.mark.parametrize("zero", ["conv1", "conv2"])
+def test_a_constant_behind_a_dead_layer_is_silenced_and_what_that_costs_is_told(zero: str) -> None:
+    net, task = resnet(), task_of(3, 16, 16)
+    net.get_submodule(f"layer1.2.{zero}").weight.data.zero_()
+    whole = copy.deepcopy(net)
+    task.train = list(task.validation)  # in the same order each time
+    inputs = task.train[0].inputs
+    block = finished(net, task)["layer1.2", "block"]
+    before, after = logits(whole, inputs), logits(without(whole, "layer1.2"), inputs)
+    torch.testing.assert_close(logits(net, inputs), after)
+    moved = float((after - before).abs().max() / before.abs().max())
+    assert moved > 1e-3
+    assert f"moved the output by {moved:.1e}" in block.note
+
+
+def test_dead_blocks_go_together_and_others_stay_as_they_are() -> None:
+    net, task = resnet(), task_of(3, 16, 16)
+    for block in ("layer1.1", "layer1.2", "layer3.1"):
+        net.get_submodule(block).conv2.weight.data.zero_()
+    silence(net, "layer3.1.bn2")
+    whole = copy.deepcopy(net)
+    task.train = list(task.validation)
+    inputs = task.train[0].inputs
+    changes = finished(net, task)
+    assert plan_of(net).removed == ("layer1.1", "layer1.2", "layer3.1")
+    wanted = without(whole, "layer1.1", "layer1.2", "layer3.1")
+    torch.testing.assert_close(logits(net, inputs), logits(wanted, inputs))
+    assert "moved" not in changes["layer3.1", "block"].note
+    middle = logits(without(whole, "layer1.1"), inputs)
+    after = logits(without(whole, "layer1.1", "layer1.2"), inputs)
+    moved = float((after - middle).abs().max() / middle.abs().max())
+    assert f"{moved:.1e}" in changes["layer1.2", "block"].note
+
+
+def test_a_block_whose_shape_changes_stays_and_is_shrunk() -> None:
+    net, task = resnet(resnet8), task_of(3, 16, 16)
+    for block in ("layer1.0", "layer2.0"):
+        net.get_submodule(block).conv2.weight.data.zero_()
+        silence(net, f"{block}.bn2")
+    whole, inputs = copy.deepcopy(net), next(iter(task.train)).inputs
+    changes = finished(net, task)
+    assert plan_of(net).removed == ("layer1.0",)
+    assert net.layer2[0].conv1.weight.shape == (1, 16, 3, 3)
+    assert net.layer2[0].conv2.weight.shape == (32, 1, 1, 1)
+    assert "only the path" in changes["layer2.0.conv2.weight", "frozen zeros"].note
+    torch.testing.assert_close(logits(net, inputs), logits(whole, inputs))
+
+
+def test_blocks_may_be_shrunk_instead() -> None:
+    net, task = resnet(resnet8), task_of(3, 16, 16)
+    net.layer1[0].conv2.weight.data.zero_()
+    whole, inputs = copy.deepcopy(net), next(iter(task.train)).inputs
+    changes = finished(net, task, depth="shrink")
+    assert net.layer1[0].conv1.out_channels == 1
+    assert net.layer1[0].conv2.kernel_size == (1, 1)
+    assert plan_of(net).removed == ()
+    assert not any(what == "block" for _, what in changes)
+    torch.testing.assert_close(logits(net, inputs), logits(whole, inputs))
+
+
+class Path(nn.Module):
+    """A path around layers; with or without a ReLU behind."""
+
+    def __init__(self, *layers: nn.Module, relu: bool = True) -> None:
+        super().__init__()
+        self.layers, self.relu = nn.Sequential(*layers), relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.layers(x)
+        return torch.relu(y) if self.relu else y
+
+
+def paths(relu: bool, before: nn.Module, width: int = 5) -> Any:
+    """A first layer, a path around a dead convolution with a bias, and a head."""
+    torch.manual_seed(0)
+    dead = nn.Conv2d(width, width, 3, padding=1)
+    dead.weight.data.zero_()
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3), before, Path(nn.Conv2d(width, width, 1), nn.ReLU(), dead, relu=relu),
+        nn.Conv2d(width, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("before", [nn.Identity(), nn.BatchNorm2d(5)], ids=["conv", "norm"])
+def test_a_constant_is_folded_into_the_bias_in_front_where_that_is_exact(before: nn.Module) -> None:
+    net, task = paths(False, before), task_of(1, 8, 8)
+    whole, inputs = copy.deepcopy(net), next(iter(task.train)).inputs
+    block = finished(net, task)["2", "block"]
+    assert type(net[2]) is nn.Identity
+    torch.testing.assert_close(logits(net, inputs), logits(whole, inputs))
+    name = "1.bias" if isinstance(before, nn.BatchNorm2d) else "0.bias"
+    assert f"is in {name} now" in block.note
+    silent = copy.deepcopy(whole)
+    note = finished(silent, task, fold="none")["2", "block"].note
+    assert "moved the output" in note
+    assert torch.equal(silent[0].bias, whole[0].bias)
+
+
+def test_what_lies_between_the_bias_and_the_block_forbids_folding() -> None:
+    net, task = paths(False, nn.ReLU()), task_of(1, 8, 8)
+    whole = copy.deepcopy(net)
+    block = finished(net, task)["2", "block"]
+    assert "moved the output" in block.note
+    assert torch.equal(net[0].bias, whole[0].bias)
+
+
+def test_a_relu_behind_the_sum_needs_inputs_that_are_not_negative() -> None:
+    net, task = paths(True, nn.ReLU()), task_of(1, 8, 8)
+    net[2].layers[2].bias.data.zero_()
+    assert ("2", "block") in finished(net, task)
+    net = paths(True, nn.Identity())
+    net[2].layers[2].bias.data.zero_()
+    whole, inputs = copy.deepcopy(net), next(iter(task.train)).inputs
+    changes = finished(net, task)
+    assert ("2", "block") not in changes
+    assert net[2].layers[2].kernel_size == (1, 1)
+    torch.testing.assert_close(logits(net, inputs), logits(whole, inputs))
+
+
+def test_the_smallest_module_that_passes_its_input_on_is_found() -> None:
+    dead = [nn.Conv2d(3, 3, 1) for _ in range(3)]
+    for layer in dead:
+        layer.weight.data.zero_()
+    inner = nn.Sequential(Path(nn.Conv2d(3, 3, 1), dead[0]), Path(nn.Sequential(dead[1])))
+    two = nn.ModuleDict({"a": dead[2], "b": nn.Conv2d(3, 3, 1)})
+    net = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), inner, Branches(two), nn.Flatten())
+    layers, batches = ["2.0.layers.1", "2.1.layers.0.0", "3.of.a"], [torch.randn(8, 1, 4, 4)]
+    found = find_blocks(net, layers, batches)
+    assert [(b.name, b.zero) for b in found] == [("2.0", (layers[0],)), ("2.1", (layers[1],))]
+    two["b"].weight.data.zero_()
+    assert find_blocks(net, layers, batches)[-1].name == "3"
+    assert find_blocks(net, layers, [torch.randn(1, 1, 4, 4)]) == []
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+class Branches(nn.Module):
+    """A path around several layers side by side."""
+
+    def __init__(self, layers: nn.ModuleDict) -> None:
+        super().__init__()
+        self.of = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + sum(layer(x) for layer in self.of.values()))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("other", [Magnitude(sparsity=0.5), Codebook(bits=3)], ids=["mask", "book"])
+def test_blocks_of_encoded_layers_go_too(other: Any, first: bool, tmp_path: Any) -> None:
+    """In one stage with another method, before and after it, and after a stage of it."""
+    net, task = paths(True, nn.ReLU()), task_of(1, 8, 8)
+    net[2].layers[2].weight.data.normal_(0.0, 1e-3)  # a codebook cannot be all zero
+    ours = StructuredSparsity(penalty={"depth": 0.1}, threshold=0.02, round_to=1)
+    stages = [Stage(methods=[ours, other] if first else [other, ours])]
+    result = lilliput.compress(net, task, stages, directory=tmp_path)
+    assert type(result.model[2]) is nn.Identity
+    loaded, inputs = (
+        lilliput.load(result.artifact, model=paths(True, nn.ReLU())),
+        torch.randn(4, 1, 8, 8),
+    )
+    assert torch.equal(logits(loaded, inputs), logits(result.model, inputs))
+    values = len(torch.unique(loaded[3].weight))
+    assert values <= 8 or float((loaded[3].weight == 0).float().mean()) > 0.3
+    after = lilliput.compress(net, task, [other, ours])
+    assert type(after.model[2]) is nn.Identity
+
+
+def test_a_gate_that_is_one_is_not_silenced() -> None:
+    """A constant may matter by being there: silenced, the block would send zeros."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.gate(x)
+
+    net = nn.Sequential(nn.Conv2d(1, 3, 1), Gated(), nn.Flatten())
+    net[1].gate.weight.data.zero_()
+    net[1].gate.bias.data.fill_(1.0)
+    x = torch.randn(8, 1, 4, 4)
+    [block] = find_blocks(net, ["1.gate"], [x])
+    assert (block.name, block.silenced) == ("1", ())
+    net[1].gate.bias.data.fill_(0.5)
+    assert find_blocks(net, ["1.gate"], [x]) == []
+
+
+def test_a_block_that_surgery_cannot_take_stays_and_the_report_says_why() -> None:
+    class Listed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            for module in vars(self)["plain"]:
+                x = module(x)
+            return x
+
+    net, task = Listed(*paths(True, nn.ReLU())), task_of(1, 8, 8)
+    vars(net)["plain"] = list(net)
+    whole, inputs = copy.deepcopy(net), next(iter(task.train)).inputs
+    changes = finished(net, task)
+    assert isinstance(net[2], Path)
+    assert net[2].layers[0].out_channels == 1
+    note = changes["2.layers.2.weight", "frozen zeros"].note
+    assert "2 stays: " in note
+    assert "in another place too" in note
+    torch.testing.assert_close(logits(net, inputs), logits(whole, inputs))
+
+
+def test_a_pattern_that_covers_only_the_block_is_enough() -> None:
+    net, task = resnet(resnet8), task_of(3, 16, 16)
+    net.layer1[0].conv2.weight.data.zero_()
+    changes = finished(net, task, layers="layer1.0.*")
+    assert set(changes) == {("layer1.0", "block"), ("model", "parameters"), ("model", "macs")}
+
+
+def test_the_depth_penalty_trains_blocks_away_and_the_rest_is_fine_tuned(tmp_path: Any) -> None:
+    """Penalty, removal, masks and shared values on what is left, and the file of it all."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(1)
+        blocks = (
+            Path(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1))
+            for _ in range(3)
+        )
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)  # noqa: E501
+        )  # fmt: skip
+
+    method = StructuredSparsity(penalty={"depth": 2.0}, update="proximal", layers=["3*", "4*"])
+    train = Train(epochs=8, optimizer="sgd", lr=0.05, momentum=0.5)
+    stages = [
+        Stage(methods=[method], train=train),
+        Stage(methods=[Magnitude(sparsity=0.5)], train=train),
+        Stage(methods=[Codebook(bits=4)], train=train),
+    ]
+    task = task_of(1, 8, 8)
+    result = lilliput.compress(build(), task, stages, directory=tmp_path)
+    model: Any = result.model
+    assert type(model[3]) is type(model[4]) is nn.Identity
+    assert isinstance(model[2], Path)
+    assert (model[2].layers[0].weight == 0).float().mean() > 0.3
+    loaded, inputs = lilliput.load(result.artifact, model=build()), next(iter(task.test)).inputs
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    changes = (tmp_path / "changes.json").read_text()
+    assert changes.count('"block"') == 2
+
+
+def test_the_optimizer_forgets_the_block_and_trains_on() -> None:
+    net, task = resnet(resnet8), task_of(3, 16, 16)
+    method = StructuredSparsity(penalty={"depth": 1e-6}, threshold=1e-9, round_to=1)
+    attached = lilliput.attach(net, method, steps=1, task=task)
+    optimizer = attached.run.optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    x, y = torch.randn(8, 3, 16, 16), torch.arange(8) % 3
+    cross_entropy(net(x), y).backward()
+    optimizer.step()
+    net.layer1[0].conv1.weight.data.zero_()
+    gone = {id(p) for p in net.layer1[0].parameters()}
+    attached.finish()
+    left = {id(p) for p in net.parameters()}
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == left
+    assert {id(p) for p in optimizer.state} == left
+    assert not left & gone
+    cross_entropy(net(x), y).backward()
+    optimizer.step()
 
 
 @pytest.mark.parametrize("zero", ["b1", "b2"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import linecache
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,16 +28,16 @@ from torch.nn.utils import parametrizations
 from torch.utils import _pytree as pytree
 
 from lilliput.core.select import Weight
-from lilliput.errors import SurgeryFailed
+from lilliput.errors import ModelMismatch, SurgeryFailed
 from lilliput.mechanisms import encodings, surgery
 from lilliput.mechanisms.encodings import Codebook, Mask, encode
 from lilliput.mechanisms.groups.classes import Group, Groups, Member
-from lilliput.mechanisms.surgery import Plan, apply_plan, cut, plan_of, replace
+from lilliput.mechanisms.surgery import Plan, apply_plan, bypass, cut, plan_of, replace
 from lilliput.mechanisms.surgery.check import _switches
 
 FOLDER = str(Path(surgery.__file__).parent)
 ENCODINGS = encodings.__file__
-RESTORING = ("restore", "_restore_tensor", "_same_memory", "surely", "_set")
+RESTORING = ("restore", "_restore_tensor", "_same_memory", "surely", "_set", "<lambda>")
 
 
 class ByHand(Groups):
@@ -73,7 +74,9 @@ class Faults:
         file = frame.f_code.co_filename
         if not (file.startswith(FOLDER) or file == ENCODINGS):
             return None
-        if event == "line":
+        # Nothing can be done about the one line that calls what restores.
+        calls = linecache.getline(file, frame.f_lineno).strip().startswith("surely(")
+        if event == "line" and not calls:
             self._line(frame.f_code.co_name in RESTORING, frame.f_code.co_name == "surely")
         return self
 
@@ -294,3 +297,66 @@ def test_several_cuts_are_one_plan(widths: list[int], seed: int, encoded: bool) 
         apply_plan(fresh, Plan.from_dict(plan.as_dict()))
     assert torch.equal(fresh(x), net(x))
     assert [fresh[2 * n].out_features for n in range(len(widths))] == [len(kept) for kept in left]
+
+
+# -- modules ------------------------------------------------------------------------------------
+
+
+def renew_the_biases(model: nn.Module) -> None:
+    """An edit that changes no output."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            replace(parameter, parameter.detach())
+
+
+class Around(nn.Sequential):
+    """Its layers, and a path around them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + super().forward(x))
+
+
+def _residual() -> tuple[nn.Module, Tensor]:
+    """A dead layer under a mask, a living one under a codebook, and a constant that is silenced."""
+    block = Around(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 6))
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), block, nn.Linear(6, 2))
+    living, dead = Weight("2.0", block[0], "weight"), Weight("2.3", block[3], "weight")
+    encode(living, Codebook.fitted(living.value, 2, "linear"))
+    encode(dead, Mask(torch.zeros(6, 5)))
+    return net, torch.randn(8, 4)
+
+
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+def test_a_fault_while_a_module_goes_leaves_everything_as_it_was(optimizer_name: str) -> None:
+    torch.manual_seed(0)
+    net, x = _residual()
+    ends = [{"params": net[i].parameters()} for i in (0, 3)]  # type: ignore[index]
+    optimizer = OPTIMIZERS[optimizer_name]([*ends, {"params": net[2].parameters(), "lr": 0.02}])  # type: ignore[index]
+    net(x).square().mean().backward()
+    optimizer.step()
+
+    def operate(model: nn.Module, its: torch.optim.Optimizer | None) -> None:
+        bypass(model, "2", x, silenced=["2.3"], optimizer=its, edit=renew_the_biases)
+
+    trial = copy.deepcopy(net)
+    with tracing(Faults(sys.maxsize, RuntimeError)) as counting:
+        operate(trial, None)
+    answer, before, block = net.eval()(x).detach(), everything(net, optimizer), net[2]  # type: ignore[index]
+    for number in range(FAULTS_EACH):
+        problem = PROBLEMS[number % len(PROBLEMS)]
+        at = 1 + (counting.lines - 2) * number // FAULTS_EACH
+        with (
+            pytest.raises((SurgeryFailed, ModelMismatch, problem, KeyboardInterrupt)),
+            tracing(Faults(at, problem, again=7 * number if number % 3 == 0 else 0)),
+        ):
+            operate(net, optimizer)
+        assert same(everything(net, optimizer), before), f"fault {problem.__name__} at line {at}"
+        assert net[2] is block and plan_of(net) is None  # type: ignore[index]
+    assert torch.equal(net(x), answer)
+    operate(net, optimizer)  # and then it works
+    assert type(net[2]) is nn.Identity  # type: ignore[index]
+    assert same(net(x), trial.eval()(x))
+    assert [len(g["params"]) for g in optimizer.param_groups] == [2, 2, 0]
+    assert len(optimizer.state) == 4
+    net(x).square().mean().backward()
+    optimizer.step()

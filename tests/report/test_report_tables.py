@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -92,3 +93,19 @@ def test_missing_artifacts_are_told(make_run: Any) -> None:
     home = make_run()
     (home / "stages" / "0-train.safetensors").unlink()
     assert any("no longer in the run directory: train" in note for note in notes(read_run(home)))
+
+
+def test_removed_blocks_are_told_and_their_layers_are_not_thinner(make_run: Any) -> None:
+    home = make_run()
+
+    def change(where: str, what: str, before: Any, after: Any) -> dict[str, Any]:
+        return {"where": where, "what": what, "before": before, "after": after,
+                "method": "structured_sparsity", "note": ""}  # fmt: skip
+
+    thinner = [change(name, "channels", 16, 8) for name in ("a.1.conv", "a.10.conv", "head")]
+    removed = change("a.1", "block", "4,672 parameters", "removed")
+    (home / "changes.json").write_text(json.dumps([thinner, [removed]]))
+    run = read_run(home)
+    assert run.widths == {"a.10.conv": (16, 8), "head": (16, 8)}
+    assert run.removed == {"a.1": "4,672 parameters"}
+    assert "Whole blocks were removed: a.1 (4,672 parameters)." in notes(run)

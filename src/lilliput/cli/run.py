@@ -106,10 +106,14 @@ def _show(result: Result, report: Path | None, json: bool) -> None:
 
 
 def _show_widths(directory: Path) -> None:
-    """The layers that lost channels, where a method removed any."""
-    widths = read_run(directory).widths
-    if widths:
-        rows = [(name, f"{before:,}", f"{after:,}") for name, (before, after) in widths.items()]
+    """The blocks that were removed, and the layers that lost channels, where a method removed any."""
+    run = read_run(directory)
+    if run.removed:
+        blocks = [("block", "before", "after")]
+        blocks += [(name, before, "removed") for name, before in run.removed.items()]
+        print_text(columns(blocks, right=(1, 2)) + "\n")
+    if run.widths:
+        rows = [(name, f"{before:,}", f"{after:,}") for name, (before, after) in run.widths.items()]
         print_text(columns([("layer", "channels before", "after"), *rows], right=(1, 2)) + "\n")
 
 

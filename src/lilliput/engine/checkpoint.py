@@ -14,11 +14,12 @@ from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from ..errors import CorruptArtifact, RunError
 from ..mechanisms.encodings import bake, describe, rebuild
-from ..mechanisms.surgery import Plan, apply_plan, plan_of
+from ..mechanisms.surgery import Plan, apply_plan, checked_plan
 
 _KEY = "lilliput.checkpoint"
 
@@ -109,8 +110,12 @@ def _put_together(node: Any, tensor: Callable[[str], Tensor]) -> Any:
 
 
 def model_tree(model: nn.Module) -> dict[str, Any]:
-    """All of a model that training may change: channels, tensors, encodings, dropout rates."""
-    plan = plan_of(model)
+    """All of a model that training may change: channels, modules, tensors, encodings, dropout rates.
+
+    Raises:
+        ModelMismatch: a part of it was cut on its own, so that the tree could not be loaded.
+    """
+    plan = checked_plan(model)
     return {
         "plan": None if plan is None else plan.as_dict(),
         "tensors": model.state_dict(),
@@ -119,13 +124,16 @@ def model_tree(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def load_model_tree(model: nn.Module, tree: dict[str, Any]) -> None:
+def load_model_tree(
+    model: nn.Module, tree: dict[str, Any], optimizer: torch.optim.Optimizer | None = None
+) -> None:
     """Put a model of the same class, with or without encodings, into the state of a tree.
 
-    It may have channels that the tree has not; they are cut out.
+    It may have channels and modules that the tree has not; they are cut out, and an optimizer forgets
+    the parameters that go.
     """
     if tree["plan"] is not None:
-        apply_plan(model, Plan.from_dict(tree["plan"]))
+        apply_plan(model, Plan.from_dict(tree["plan"]), optimizer)
     if describe(model) != tree["encodings"]:
         rebuild(bake(model), tree["encodings"])
     model.load_state_dict(tree["tensors"])

@@ -156,7 +156,7 @@ class Training:
             return
         _, run.epoch, run.step, self.done = tree["place"]
         self.home.keep_metrics_until(run.stage, run.epoch)
-        load_model_tree(run.model, tree["model"])
+        load_model_tree(run.model, tree["model"], run.optimizer)
         if run.optimizer:
             run.optimizer.load_state_dict(tree["optimizer"])
         if loop.scaler:

@@ -56,13 +56,23 @@ class RunData:
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
-        """Channels of each layer that lost some: before the first stage and after the last."""
+        """Channels of each layer that lost some: before the first stage and after the last.
+
+        Layers of blocks that were removed later are not among them.
+        """
         found: dict[str, tuple[int, int]] = {}
         for change in itertools.chain.from_iterable(self.changes):
             if change["what"] == "channels":
                 before, _ = found.get(change["where"], (change["before"], 0))
                 found[change["where"]] = before, change["after"]
-        return found
+        gone = tuple(f"{block}." for block in self.removed)
+        return {layer: w for layer, w in found.items() if not f"{layer}.".startswith(gone)}
+
+    @property
+    def removed(self) -> dict[str, str]:
+        """Blocks that were removed whole, and what each was before."""
+        changes = itertools.chain.from_iterable(self.changes)
+        return {c["where"]: str(c["before"]) for c in changes if c["what"] == "block"}
 
     def artifact(self, stage: int) -> Path | None:
         """The file that a stage wrote (-1: the last); None where it is no longer there."""

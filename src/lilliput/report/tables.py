@@ -73,8 +73,8 @@ def shared_score_name(runs: Sequence[RunData]) -> str:
 
 def notes(run: RunData) -> list[str]:
     """What a reader of the figures should know and might not see."""
-    candidates = (_on_zeros(run), _on_latency(run), _on_score(run), _on_coding(run), _on_files(run))
-    return [note for note in candidates if note]
+    candidates = (_on_blocks, _on_zeros, _on_latency, _on_score, _on_coding, _on_files)
+    return [note for candidate in candidates if (note := candidate(run))]
 
 
 def _row(run: RunData) -> dict[str, Any]:
@@ -97,6 +97,13 @@ def _markdown_cells(row: dict[str, Any], heading: str) -> list[str]:
         decimals(row["latency_ratio"]),
     ]
     return [" ".join(cell.split()).replace("\\", "\\\\").replace("|", "\\|") for cell in cells]
+
+
+def _on_blocks(run: RunData) -> str:
+    if not run.removed:
+        return ""
+    blocks = ", ".join(f"{name} ({before})" for name, before in run.removed.items())
+    return f"Whole blocks were removed: {blocks}."
 
 
 def _on_zeros(run: RunData) -> str:

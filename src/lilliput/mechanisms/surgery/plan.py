@@ -1,4 +1,4 @@
-"""Which channels of a network are left: enough to thin a fresh instance of its class.
+"""Which channels and modules of a network are left: enough to thin a fresh instance of its class.
 
 A plan counts from the network as its class builds it, however many cuts led to it. It travels with the
 model (as the plain attribute ``lilliput_plan`` of the root module), with checkpoints and with artifacts.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 
 from ...errors import CorruptArtifact, ModelMismatch
 from .attributes import set_attributes, set_sizes
+from .modules import find_module, outermost, remove_modules, within
 from .refusals import refuse
 from .tensors import Kept, cut_tensors, shape_of
 from .transaction import transaction
@@ -29,6 +30,9 @@ from .transaction import transaction
 _ATTRIBUTE = "lilliput_plan"
 #: Indices that a plan in a file may name in all, so that a small file cannot ask for much memory.
 _MOST_INDICES = 1 << 26
+#: Modules that a plan in a file may take away, each name being compared with each tensor's.
+_MOST_MODULES = 1 << 12
+_KEYS = frozenset({"sets", "tensors", "attributes", "removed"})
 _SET = re.compile(r"(?:([1-9][0-9]{0,8}):)?(?:([1-9][0-9]{0,8})\*)?([A-Za-z0-9+/]+)", re.ASCII)
 
 
@@ -41,11 +45,14 @@ class Plan:
             network, without encodings; of tied tensors the first.
         attributes: integers of modules that are no longer what their class sets.
         sizes: tensor -> dim -> its size in the whole network, where that is known.
+        removed: modules that are gone, an identity in the place of each; none inside of another one,
+            and nothing else in the plan inside of one.
     """
 
     kept: Kept = field(repr=False)
     attributes: Mapping[str, int] = field(default_factory=dict)
     sizes: Mapping[str, Mapping[int, int]] = field(default_factory=dict, repr=False)
+    removed: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: Any) -> Plan:
         return self  # nobody changes it
@@ -64,7 +71,18 @@ class Plan:
                 mine[dim] = mine[dim][index] if dim in mine else index
         names = {**self.sizes, **later.sizes}
         sizes = {n: {**later.sizes.get(n, {}), **self.sizes.get(n, {})} for n in names}
-        return Plan(kept, {**self.attributes, **later.attributes}, sizes)
+        both = Plan(kept, {**self.attributes, **later.attributes}, sizes)
+        return both._without((*self.removed, *later.removed))
+
+    def _without(self, removed: tuple[str, ...]) -> Plan:
+        """The same once modules are gone: nothing is said of what was inside."""
+        gone = within(removed)
+        return Plan(
+            {name: dims for name, dims in self.kept.items() if not gone(name)},
+            {path: value for path, value in self.attributes.items() if not gone(path)},
+            {name: dims for name, dims in self.sizes.items() if not gone(name)},
+            outermost(removed),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-ready form that is small: each set of indices is written once, as a bitmap."""
@@ -77,7 +95,8 @@ class Plan:
             for name, dims in self.kept.items()
         }
         plan: dict[str, Any] = {"sets": list(sets), "tensors": tensors}
-        return plan | ({"attributes": dict(self.attributes)} if self.attributes else {})
+        plan |= {"attributes": dict(self.attributes)} if self.attributes else {}
+        return plan | ({"removed": sorted(self.removed)} if self.removed else {})
 
     def _text(self, name: str, dim: int) -> str:
         return _to_text(self.kept[name][dim], self.sizes.get(name, {}).get(dim, 0))
@@ -89,7 +108,7 @@ class Plan:
         Raises:
             CorruptArtifact: it is something else.
         """
-        if not isinstance(value, dict) or not value.keys() <= {"sets", "tensors", "attributes"}:
+        if not isinstance(value, dict) or not value.keys() <= _KEYS:
             raise _corrupt(f"it is {value!r:.60}")
         texts, tensors = value.get("sets"), value.get("tensors")
         attributes = value.get("attributes", {})
@@ -103,7 +122,7 @@ class Plan:
         sizes = {
             n: {d: size for d, (_, size) in dims.items() if size} for n, dims in chosen.items()
         }
-        return cls(kept, attributes, sizes)
+        return cls(kept, attributes, sizes, _names(value.get("removed", []), kept, attributes))
 
 
 def plan_of(model: nn.Module) -> Plan | None:
@@ -121,6 +140,45 @@ def plan_of(model: nn.Module) -> Plan | None:
     return _inside(outer) if outer else None
 
 
+def checked_plan(model: nn.Module) -> Plan | None:
+    """What :func:`plan_of` says, after a look whether the model still is as the plan says.
+
+    Raises:
+        ModelMismatch: it is not; a fresh network that is thinned by the plan would be another one.
+    """
+    plan = plan_of(model)
+    stale = None if plan is None else next(_stale(model, plan), None)
+    if stale is not None:
+        raise ModelMismatch(
+            f"{stale} differs from the plan of what is left of this {type(model).__name__}: that part was "
+            "cut or replaced on its own after the network around it was cut, and what would be saved now "
+            "could not be loaded. Cut the network as a whole instead, or save the part alone."
+        )
+    return plan
+
+
+def _stale(model: nn.Module, plan: Plan) -> Iterator[str]:
+    """Tensors and modules that are other than the plan says, or that a later plan of a part names."""
+    gone = within(plan.removed)
+    for name, dims in plan.kept.items():
+        try:
+            shape = shape_of(model, name)
+        except ModelMismatch:  # its module is another one now
+            shape = torch.Size()
+        if any(shape[dim : dim + 1] != (len(index),) for dim, index in dims.items()):
+            yield name
+    yield from (n for n in plan.removed if type(find_module(model, n)) is not nn.Identity)
+    for part, module in model.named_modules():
+        own = last_plan(module)
+        if own is None or not part:
+            continue
+        inner = _inside([(f"{part}.", own)])
+        yield from (n for n in inner.removed if not gone(n))
+        for name, dims in inner.kept.items():
+            if not gone(name) and not dims.keys() <= plan.kept.get(name, {}).keys():
+                yield name
+
+
 def last_plan(model: nn.Module) -> Plan | None:
     """What the last cut of the model itself has left: after every cut another object."""
     plan = vars(model).get(_ATTRIBUTE)
@@ -133,6 +191,7 @@ def _inside(parts: list[tuple[str, Plan]]) -> Plan:
         {name + tensor: dims for name, plan in parts for tensor, dims in plan.kept.items()},
         {name + path: value for name, plan in parts for path, value in plan.attributes.items()},
         {name + tensor: dims for name, plan in parts for tensor, dims in plan.sizes.items()},
+        tuple(sorted(name + module for name, plan in parts for module in plan.removed)),
     )
 
 
@@ -141,7 +200,9 @@ def remember(model: nn.Module, plan: Plan) -> None:
     setattr(model, _ATTRIBUTE, plan)
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> None:
+def apply_plan(
+    model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None = None
+) -> None:
     """Thin a fresh network, or one that was thinned by a part of the plan, as another one was.
 
     Encodings are cut along; what the tensors hold afterwards is a part of what they held.
@@ -149,6 +210,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     Args:
         model: an instance of the class of the network that the plan was made on.
         plan: what is to be left.
+        optimizer: what trains the model; its state is cut along.
 
     Raises:
         ModelMismatch: the plan does not fit the model, which is as it was.
@@ -164,14 +226,14 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         )
     """
     refuse(model, None)
-    with transaction(model), torch.inference_mode(False):
+    with transaction(model, optimizer), torch.inference_mode(False):
         todo, done = _still_to_do(model, plan), plan_of(model)
-        perform(model, todo, None)
+        perform(model, todo, optimizer)
         remember(model, todo if done is None else done.then(todo))
 
 
 def perform(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None) -> None:
-    """Cut tensors and correct the numbers of their modules; call it inside a transaction.
+    """Cut tensors, correct the numbers of their modules, take modules away; call it in a transaction.
 
     Raises:
         ModelMismatch: the plan does not fit.
@@ -181,6 +243,7 @@ def perform(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | Non
     cut_tensors(model, plan.kept, optimizer)
     set_attributes(model, plan.attributes)
     set_sizes(model, (name.rpartition(".")[0] for name in plan.kept))
+    remove_modules(model, plan.removed, optimizer)
 
 
 def _check_fit(model: nn.Module, kept: Kept) -> None:
@@ -197,9 +260,12 @@ def _check_fit(model: nn.Module, kept: Kept) -> None:
 
 def _still_to_do(model: nn.Module, plan: Plan) -> Plan:
     """The plan, counted from the model as it is now."""
-    done = plan_of(model) or Plan({})
+    done, gone = plan_of(model) or Plan({}), within(plan.removed)
     for name, dims in done.kept.items():
-        if not dims.keys() <= plan.kept.get(name, {}).keys():
+        if not gone(name) and not dims.keys() <= plan.kept.get(name, {}).keys():
+            raise _thinner(model, f"channels of {name}")
+    for name in done.removed:
+        if not gone(name):
             raise _thinner(model, name)
     kept: dict[str, dict[int, np.ndarray]] = {}
     sizes: dict[str, dict[int, int]] = {}
@@ -215,7 +281,8 @@ def _still_to_do(model: nn.Module, plan: Plan) -> Plan:
                     f"{type(model).__name__}: it was not built as the network that the plan thins."
                 )
         kept[name] = {d: _within(model, name, before.get(d), index) for d, index in dims.items()}
-    return Plan(kept, plan.attributes, sizes)
+    left = tuple(name for name in plan.removed if name not in done.removed)
+    return Plan(kept, plan.attributes, sizes, left)
 
 
 def _within(model: nn.Module, name: str, done: np.ndarray | None, kept: np.ndarray) -> np.ndarray:
@@ -223,14 +290,14 @@ def _within(model: nn.Module, name: str, done: np.ndarray | None, kept: np.ndarr
         return kept
     places = np.searchsorted(done, kept)
     if places[-1] >= len(done) or not np.array_equal(done[places], kept):
-        raise _thinner(model, name)
+        raise _thinner(model, f"channels of {name}")
     return places
 
 
-def _thinner(model: nn.Module, name: str) -> ModelMismatch:
+def _thinner(model: nn.Module, what: str) -> ModelMismatch:
     return ModelMismatch(
-        f"this {type(model).__name__} has already lost channels of {name} that the plan keeps: give a "
-        "fresh instance of its class."
+        f"this {type(model).__name__} has already lost {what} that the plan keeps: give a fresh "
+        "instance of its class."
     )
 
 
@@ -278,6 +345,20 @@ def _dims(
         if number is not None and (type(number) is not int or not 0 <= number < len(sets)):
             raise _corrupt(f"{name!r} has the set {number!r:.40} of {len(sets)}")
     return {dim: sets[number] for dim, number in enumerate(row) if number is not None}
+
+
+def _names(names: Any, kept: Kept, attributes: Mapping[str, int]) -> tuple[str, ...]:
+    """The modules that a plan takes away: each once, and nothing else is said of what is inside."""
+    if not isinstance(names, list) or len(names) > _MOST_MODULES:
+        raise _corrupt(f"its removed modules are {names!r:.60}")
+    if not all(isinstance(name, str) and name for name in names):
+        raise _corrupt(f"its removed modules are {names!r:.60}, and not names")
+    if len(outermost(names)) != len(names):
+        raise _corrupt(f"of its removed modules {names!r:.60} one lies inside of another one")
+    inside = next(filter(within(names), (*kept, *attributes)), None)
+    if inside is not None:
+        raise _corrupt(f"it says what is left of {inside!r:.60}, and that its module is gone")
+    return outermost(names)
 
 
 def _corrupt(what: str) -> CorruptArtifact:

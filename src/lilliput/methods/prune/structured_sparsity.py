@@ -17,18 +17,26 @@ optimizer's step and stops at zero: exact zeros without a threshold, and the bet
 shrunk one after the other, shapes, channels, filters, depth. For groups that lie in each other that is
 the exact proximal step; for filters, which cross the others, it is an approximation.
 
-What is removed at the end: channels whose filters are zero in every layer that makes them (the constant
-that they still send is folded, where it is one), or that no layer uses; border rows and columns of a
-kernel that are zero for all channels, on both sides alike, if the padding can shrink with them. Of a
-layer that is zero as a whole ``at_least`` channels stay and its kernel shrinks to one pixel where the
-padding allows it, so a removed block costs next to nothing and its shortcut goes on. All other zero
-groups (shapes inside a kernel, inputs of the first layer, what rounding left) are frozen by masks and
-stay in dense layers: smaller files, not faster ones; the report says so.
+What is removed at the end: blocks that only pass their input on once a ``depth`` group is zero (see below);
+channels whose filters are zero in every layer that makes them (the constant that they still send is
+folded, where it is one), or that no layer uses; border rows and columns of a kernel that are zero for all
+channels, on both sides alike, if the padding can shrink with them. All other zero groups (shapes inside
+a kernel, inputs of the first layer, what rounding left) are frozen by masks and stay in dense layers:
+smaller files, not faster ones; the report says so.
+
+``depth: remove`` looks around each layer that is zero for the smallest module whose output then equals its
+input on training images, and takes it away whole. A residual block ``relu(x + f(x))`` is such a module if
+f sends zeros, for x is not negative behind a ReLU. A batch normalization behind the dead layer sends a
+constant instead, and ``relu(x + c)`` is no identity. The constant is added to the bias in front where
+that is exact, as in blocks without the last ReLU; elsewhere it is silenced, and the report says how far the
+output moved. Where no module does (a projection shortcut, layers directly in the network), and always with
+``depth: shrink``, ``at_least`` channels of a dead layer stay and its kernel shrinks to one pixel where the
+padding allows it: it costs next to nothing, and its shortcut goes on.
 
 Faithful: groups, penalties, subgradient, threshold, frozen zeros. Differs: rows of layers whose outputs
 must stay get no filter penalty; a linear layer or a 1x1 kernel has no shapes beside its channels; depth
 groups are found by silencing each layer, so a projection shortcut counts as bypassed by its block: leave
-it out of ``layers``. Nothing replaces a module: the authors delete layers by hand.
+it out of ``layers``. The authors delete dead layers by hand.
 
 Cost: some norms a layer and step. When not to use it: with adaptive optimizers (they rescale the
 subgradient; proximal steps keep their size, but the learning rate is small); for a given size, since the
@@ -38,6 +46,7 @@ rates a step and a proximal step by one, so it wants larger lambdas.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -52,12 +61,14 @@ from ...core.run import Run
 from ...core.select import Weight, matches, select
 from ...core.task import call, evaluation
 from ...core.types import Change, NonNegative, Positive
-from ...errors import InputError, NothingChanged, NothingMatched
+from ...errors import InputError, ModelMismatch, NothingChanged, NothingMatched, SurgeryFailed
+from ...measure import size
 from ...mechanisms.budget import lowest, takes_part
 from ...mechanisms.encodings import Mask, encode, encoding_of, original_of
 from ...mechanisms.groups import Group, Groups, Member
 from ...mechanisms.groups.classes import Removal
-from ...mechanisms.surgery import cut
+from ...mechanisms.surgery import Bypass, bypass, cut, within
+from ._blocks import Block, find_blocks
 from ._channels import ChannelMethod
 from ._norms import effective, rows
 
@@ -74,6 +85,9 @@ _EXTENT: dict[Kind, tuple[int, ...]] = {
 
 # An output that varies by less, relative to its largest number, does not depend on the input.
 _VARIES = 1e-6
+
+# Examples on which a block must pass its input on.
+_SAMPLES = 256
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -256,7 +270,10 @@ class StructuredSparsity(ChannelMethod):
         update: how the penalty moves the weights; see the module's docstring.
         threshold: for the subgradient: below it, a group is zero. The authors' value.
         zero_out: whether a whole group must be below the threshold, or each weight goes by itself.
-        fold: add what removed channels always send to the bias or running mean behind them.
+        depth: of a layer that is zero as a whole, remove the block that only passes its input on, or
+            shrink the layer to ``at_least`` channels.
+        fold: add what removed channels always send to the bias or running mean behind them, and what
+            a removed block adds to the bias in front of it.
 
     Example:
         >>> StructuredSparsity(penalty={"filters": 0.005, "shapes": 0.005}).threshold
@@ -269,9 +286,11 @@ class StructuredSparsity(ChannelMethod):
     update: Literal["subgradient", "proximal"] = "subgradient"
     threshold: Positive = 1e-4
     zero_out: Literal["group", "weight"] = "group"
+    depth: Literal["remove", "shrink"] = "remove"
     fold: Literal["none", "constant"] = "constant"
 
     _chosen: list[tuple[Weight, list[Kind]]] = PrivateAttr(default_factory=list)
+    _staying: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def _check_amount(self) -> None:
         if (self.keep, self.budget, self.scope, self.normalize) != (None, None, "layer", "none"):
@@ -326,6 +345,7 @@ class StructuredSparsity(ChannelMethod):
                 "around it (or a batch has only one example, so that it could not be tried)."
             )
         self._chosen = list(zip(chosen, kinds, strict=True))
+        self._staying = {}
 
     def loss(self, run: Run) -> Mapping[str, Tensor]:
         """The penalty, where its gradient is what moves the weights."""
@@ -353,12 +373,11 @@ class StructuredSparsity(ChannelMethod):
         if self.update == "subgradient":
             self.after_step(run)  # a stage without steps has not looked for small groups yet
         frozen = self._freeze(shared=True)
-        while any(map(len, self.removal(run, self.groups(run)).values())):
-            self._prune(run, self.rounds)  # a removed user may leave its inputs without one
-        self.memory(run)["round"] = self.rounds
+        blocks = self._remove_blocks(run)
+        self._remove_channels(run)
         kernels = self._trim(run)
         frozen |= self._freeze(shared=False)
-        found = [*self._changes(run), *kernels, *self._zeros(frozen)]
+        found = [*blocks, *self._changes(run), *kernels, *self._zeros(frozen)]
         if not found:
             raise NothingChanged(
                 f"structured_sparsity: no group has become zero in {run.step} steps. Raise penalty, use "
@@ -427,6 +446,65 @@ class StructuredSparsity(ChannelMethod):
                 frozen.add(weight.name)
         return frozen
 
+    def _remove_blocks(self, run: Run) -> list[Change]:
+        """Take the blocks away that layers without a weight have made identities."""
+        dead = [
+            weight.layer
+            for weight, strengths in self._penalized()
+            if "depth" in strengths and not weight.value.any()
+        ]
+        if self.depth == "shrink" or not dead:
+            return []
+        batches = [batch.inputs for batch in run.calibration(_SAMPLES)]
+        found = find_blocks(run.model, dead, batches)
+        before, totals = self._figures(run) if found else {}, self.memory(run)["totals"]
+        changes = [c for block in found if (c := self._remove_block(run, block, batches[0]))]
+        for what, now in self._figures(run).items() if changes else ():
+            totals.setdefault(what, [before[what], 0])[1] = now
+        gone = within([change.where for change in changes])
+        self._chosen = [(weight, kinds) for weight, kinds in self._chosen if not gone(weight.layer)]
+        return changes
+
+    def _remove_block(self, run: Run, block: Block, inputs: Any) -> Change | None:
+        """Take one block away; None where surgery refuses, and its layers are shrunk instead."""
+        parameters = size(run.model.get_submodule(block.name)).parameters
+        try:
+            done, note = self._bypass(run, block, inputs)
+        except (ModelMismatch, SurgeryFailed) as error:
+            self._staying |= dict.fromkeys(block.zero, f"; {block.name} stays: {error}")
+            return None
+        memory = self.memory(run)
+        memory["error"] = max(e for e in (memory["error"], done.error) if e is not None)
+        text, zero = f"{parameters:,} parameters", ", ".join(block.zero)
+        note = f"it only passes its input on, with zero weights in {zero}{note}"
+        return Change(block.name, "block", text, "removed", self.method_name(), note)
+
+    def _bypass(self, run: Run, block: Block, inputs: Any) -> tuple[Bypass, str]:
+        """Fold the constant that a block adds, where that is exact; else silence it."""
+        model, optimizer = run.model, run.optimizer
+        if block.shift and self.fold == "constant":
+            with contextlib.suppress(SurgeryFailed):
+                done = bypass(model, block.name, inputs, optimizer=optimizer, edit=block.fold)
+                return done, f"; the constant that it added is in {', '.join(block.shift)} now"
+        silenced = block.silenced
+        done = bypass(model, block.name, inputs, silenced=silenced, optimizer=optimizer)
+        if not done.moved:
+            return done, ""
+        return done, (
+            f"; the constant that it still sent is gone, which moved the output by {done.moved:.1e} of "
+            "its largest number"
+        )
+
+    def _remove_channels(self, run: Run) -> None:
+        """Cut channels until none is left that can go: a removed user may leave its inputs without one."""
+        self.memory(run)["round"] = self.rounds
+        try:
+            self.groups(run)
+        except NothingMatched:  # the blocks that are gone had all that the settings mean
+            return
+        while any(map(len, self.removal(run, self.groups(run)).values())):
+            self._prune(run, self.rounds)
+
     def _trim(self, run: Run) -> list[Change]:
         """Cut zero borders off the kernels of the layers under penalty."""
         modules = {w.layer: w.module for w, _ in self._penalized()}
@@ -452,6 +530,7 @@ class StructuredSparsity(ChannelMethod):
             note = f"{zeros / mask.mask.numel():.0%} of a weight that is still computed whole"
             if "depth" in strengths and not weight.value.any():
                 note = "all that is left: only the path around the layer counts"
+                note += self._staying.get(weight.layer, "")
             found.append(Change(weight.name, "frozen zeros", 0, zeros, method, note))
         return found
 
