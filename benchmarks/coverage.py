@@ -42,6 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lilliput.mechanisms.groups import Groups, find_groups
 from lilliput.mechanisms.groups.skeleton import skeleton
 from lilliput.mechanisms.surgery import cut
+from lilliput.testing import stand_in_for_torchvision
 
 RESULTS = Path(__file__).resolve().parent / "results" / "coverage.json"
 SIZES = (64, 96, 128, 160, 192, 224, 240, 256, 299, 384)
@@ -106,7 +107,7 @@ def names() -> Iterator[str]:
 def build(name: str) -> nn.Module:
     """A network with random weights."""
     library, _, architecture = name.partition(":")
-    stand_in_for_operators()
+    stand_in_for_torchvision()
     if library == "timm":
         import timm
 
@@ -119,29 +120,6 @@ def build(name: str) -> nn.Module:
     if architecture in ("googlenet", "inception_v3"):
         options["init_weights"] = False  # theirs takes a minute
     return torchvision.models.get_model(architecture, **options)
-
-
-def stand_in_for_operators() -> None:
-    """Declare torchvision's compiled operators where its binary does not fit this torch."""
-    import importlib.util
-
-    place = importlib.util.find_spec("torchvision")
-    binary = Path(place.origin).with_name("_C.so") if place and place.origin else Path()
-    try:
-        torch.ops.load_library(str(binary))
-    except OSError:
-        if hasattr(stand_in_for_operators, "library"):
-            return
-        library = torch.library.Library("torchvision", "DEF")
-        boxes = "Tensor dets, Tensor scores, float iou_threshold"
-        pooled = "int pooled_height, int pooled_width, int sampling_ratio, bool aligned"
-        for schema in (
-            f"nms({boxes}) -> Tensor",
-            f"qnms({boxes}) -> Tensor",
-            f"roi_align(Tensor input, Tensor rois, float spatial_scale, {pooled}) -> Tensor",
-        ):
-            library.define(schema)
-        stand_in_for_operators.library = library  # type: ignore[attr-defined]
 
 
 # -- one network --------------------------------------------------------------------------------

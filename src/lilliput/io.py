@@ -64,12 +64,16 @@ def save(
         True
     """
     settings = settings or ArtifactSettings()
-    plan = checked_plan(model)
+    plan, tied = checked_plan(model), tied_names(effective_state(model))
+    structure = dict(getattr(model, "lilliput_origin", {}))
+    if plan is not None:
+        structure["plan"] = plan.as_dict()
+    if tied:
+        structure["tied"] = tied
     artifact.write(
         path,
-        parts(model),
-        structure=getattr(model, "lilliput_origin", {})
-        | ({} if plan is None else {"plan": plan.as_dict()}),
+        {name: part for name, part in parts(model).items() if name not in tied},
+        structure=structure,
         recipe=recipe or {},
         figures=figures or {},
         codec=settings.codec,
@@ -96,7 +100,7 @@ def load(path: Path_, *, model: nn.Module | None = None, max_bytes: int | None =
     with artifact.open(path, **limit) as file:
         structure = _structure(file)
         target = model if model is not None else _build(structure, path)
-        state = {name: _to_torch(file, name) for name in file.names()}
+        state = _state(file)
     _thin_and_fill(target, structure.get("plan"), state, path)
     return target.eval()
 
@@ -112,6 +116,41 @@ def parts(model: nn.Module) -> dict[str, np.ndarray | Coded | BFloat16]:
         name: coded.get(name) or _to_numpy(tensor)
         for name, tensor in effective_state(model).items()
     }
+
+
+def tied_names(state: dict[str, Tensor]) -> dict[str, str]:
+    """The tensors that are another one under a second name: name -> the first name of that memory.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> net[1].weight = net[0].weight
+        >>> tied_names(net.state_dict())
+        {'1.weight': '0.weight'}
+    """
+    first: dict[tuple[Any, ...], str] = {}
+    tied = {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and first.setdefault(place, name) != name:
+            tied[name] = first[place]
+    return tied
+
+
+def _state(file: artifact.Artifact) -> dict[str, Tensor]:
+    """All tensors of a file, tied ones under each of their names.
+
+    Raises:
+        CorruptArtifact: a second name stands for a tensor that the file lacks, or has itself.
+    """
+    state = {name: _to_torch(file, name) for name in file.names()}
+    tied = _structure(file).get("tied", {})
+    named = isinstance(tied, dict) and all(isinstance(first, str) for first in tied.values())
+    if not named or not set(tied.values()) <= state.keys() or tied.keys() & state.keys():
+        raise CorruptArtifact(
+            f"what the file says of tied tensors cannot be: {tied!r:.80}. Get it again from its source, or "
+            "save the model again."
+        )
+    return state | {name: state[first] for name, first in tied.items()}
 
 
 def _coded(codebook: Codebook, centroids: Tensor, value: Tensor) -> Coded:
@@ -197,8 +236,7 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """The plan and the tensors of an artifact; of any other safetensors file there is no plan."""
     try:
         with artifact.open(path) as file:
-            state = {name: _to_torch(file, name) for name in file.names()}
-            return _structure(file).get("plan"), state
+            return _structure(file).get("plan"), _state(file)
     except UnsupportedArtifact:
         return None, safetensors.torch.load_file(path)
 

@@ -16,6 +16,7 @@ accept one of the three, or the contract is not met.
 from .contract import MethodContract
 from .examples import registered_examples
 from .networks import NETWORKS, TinyNetwork, TinyTransformer, make_batches
+from .stand_ins import stand_in_for_torchvision
 
 __all__ = [
     "NETWORKS",
@@ -24,4 +25,5 @@ __all__ = [
     "TinyTransformer",
     "make_batches",
     "registered_examples",
+    "stand_in_for_torchvision",
 ]
