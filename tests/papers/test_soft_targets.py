@@ -15,6 +15,7 @@ import lilliput
 from lilliput import Stage, Task, Train
 from lilliput.core.digests import weights_digest
 from lilliput.core.run import Run
+from lilliput.core.schedule import Ramp
 from lilliput.core.types import Batch
 from lilliput.errors import InputError, LilliputError, ModelMismatch
 from lilliput.mechanisms.teacher import Cached, Live
@@ -184,6 +185,37 @@ class TestTeacher:
         assert len(seen) == 8
         assert {weights_digest(m) for m in seen} == {weights_digest(model)}
 
+    def test_looks_at_its_view(self) -> None:
+        seen: list[Tensor] = []
+
+        class Look(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                seen.append(x)
+                return torch.zeros(len(x), 3)
+
+        views = {"clean": torch.full((32, 12), 7.0)}
+        batches = [Batch(b.inputs, b.target, views=views) for b in MLP.task().train]
+        task = Task(batches, MLP.task().validation, None, F.cross_entropy, lambda z, y: z[:, 0])
+        stage = Stage(methods=[SoftTargets(teacher=Look(), view="clean")], train=Train(epochs=1))
+        lilliput.compress(MLP.build(), task, [stage])
+        assert len(seen) == 4
+        assert all((x == 7.0).all() for x in seen)
+
+    def test_classes_may_lie_in_another_dim(self) -> None:
+        """Of maps every pixel is a prediction."""
+        torch.manual_seed(0)
+        student, teacher = nn.Conv2d(1, 3, 1), nn.Conv2d(1, 3, 1)
+        x = torch.randn(8, 1, 5, 5)
+        batches = [(x, torch.zeros(8, 5, 5, dtype=torch.int64))]
+        task = Task(batches, batches, None, F.cross_entropy, lambda z, y: z.flatten(1)[:, 0])
+        method = SoftTargets(teacher=teacher, class_dim=1, soft_weight=1.0, hard_weight=0.0)
+        stage = Stage(methods=[method], train=Train(epochs=1, lr=1e-12))
+        result = lilliput.compress(student, task, [stage])
+        found = json.loads((result.directory / "metrics.jsonl").read_text().splitlines()[0])
+        z, t = (n(x).movedim(1, -1).reshape(-1, 3).detach() for n in (student, teacher))
+        expected = soft_target_loss(z, soften(t.unsqueeze(0), 4.0, "arithmetic"), 4.0)
+        assert found["loss"] == pytest.approx(float(expected), rel=1e-4)
+
     def test_other_classes_are_refused(self) -> None:
         method = SoftTargets(teacher=nn.Linear(12, 5))
         stage = Stage(methods=[method], train=Train(epochs=1))
@@ -210,6 +242,26 @@ class TestWeights:
         assert other["loss"] == pytest.approx(
             other["loss/task"] + other["loss/soft_targets"], rel=1e-5
         )
+
+    def test_weights_that_move(self) -> None:
+        """FitNets' lambda from 4 to 1, and the labels' weight the other way; steps 0 to 3 of 4."""
+        teacher = CNN.build(1)
+        still = self.losses(SoftTargets(teacher=teacher, soft_weight=1.0, hard_weight=1.0))
+        soft, hard = Ramp(start=4.0, end=1.0), Ramp(start=1.0, end=3.0)
+        moving = self.losses(SoftTargets(teacher=teacher, soft_weight=soft, hard_weight=hard))
+        assert moving["weight/soft_targets"] == pytest.approx(4.0 - 3.0 * 1.5 / 4)
+        # The batches' losses differ a little, so the mean weight gives the means roughly.
+        ratio = moving["loss/soft_targets"] / still["loss/soft_targets"]
+        assert ratio == pytest.approx(4.0 - 3.0 * 1.5 / 4, rel=0.1)
+        assert moving["loss/task"] / still["loss/task"] == pytest.approx(1.0 + 3 / 4, rel=0.1)
+
+    def test_a_ramp_can_end_without_labels(self) -> None:
+        found = SoftTargets.model_validate({"hard_weight": {"start": 1, "end": 0, "over": 0.5}})
+        run = Run(model=MLP.build(), task=MLP.task(), total_steps=4)
+        weights = []
+        for run.step in range(4):
+            weights.append(found.task_weight(run))
+        assert weights == [1.0, 0.5, 0.0, 0.0]
 
     def test_without_hard_weight_no_label_is_needed(self) -> None:
         def no_loss(output: Any, target: Any) -> Tensor:

@@ -162,7 +162,7 @@ class Loop:
             raise InputError(
                 "the stage has no loss: the task's weight is 0 and no method of it adds a term."
             )
-        if len(terms) > 1:  # a single term is the loss itself
+        if self.hooks.loss:  # else the task's loss is all there is
             run.logged.update(terms)
         first, *others = terms.values()  # adding to 0 would be one more operation to differentiate
         return sum(others, first)

@@ -206,8 +206,7 @@ def to_yaml(recipe: Recipe) -> str:
 def _build_stage_task(stage: Stage) -> Task:
     if isinstance(stage.task, Task):
         return stage.task
-    settings = {"name": stage.task} if isinstance(stage.task, str) else stage.task
-    return build_task(TaskSettings.model_validate(settings))
+    return build_task(TaskSettings.model_validate(widened(TaskSettings, "name", stage.task)))
 
 
 def _read_yaml(path: Path) -> CommentedMap:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import gzip
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ..core.task import Task
 from ..errors import InputError
 from . import _files
 from ._augment import shift
-from ._images import Images, hold_out, image_task
+from ._images import Images, Parts, hold_out, image_task
 
 CLASSES = 10
 SIDE = 28
@@ -53,19 +54,25 @@ def idx_task(
     validation: int,
     limit: int | None,
     augment: bool,
+    without: Sequence[int] = (),
 ) -> Task:
     """The classification task of a data set in idx files."""
-    train, held = hold_out(_load(data, data.train), validation, limit)
     black = -data.mean / data.deviation
     return image_task(
         data.name,
-        train,
-        held,
-        _load(data, data.test),
+        *idx_parts(data, validation, limit, without),
         batch_size=batch_size,
         test_batch_size=test_batch_size,
         augment=functools.partial(shift, pixels=2, fill=black) if augment else None,
     )
+
+
+def idx_parts(
+    data: IdxSet, validation: int, limit: int | None, without: Sequence[int] = ()
+) -> Parts:
+    """The images of a data set in idx files, normalized: for training, validation and test."""
+    train, held = hold_out(_load(data, data.train), validation, limit, without)
+    return train, held, _load(data, data.test)
 
 
 def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:

@@ -5,11 +5,16 @@ Workshop 2014; arXiv 1503.02531)
 
 Equation 1: ``q_i = exp(z_i / T) / sum_j exp(z_j / T)``. The loss is ``hard_weight * H(y, q at T=1)`` plus
 ``soft_weight * T**2 * KL(teacher at T || student at T)``; the factor ``T**2`` keeps the weight of the soft
-targets when T changes, because their gradients shrink with ``1 / T**2``.
+targets when T changes, because their gradients shrink with ``1 / T**2``. Equations 2 to 4: where T is high
+and the logits of each sample have the mean 0, the gradient is ``(z_s - z_t) / classes``, that of the
+squared distance of the logits (see ``logits``).
 
 Faithful: loss, temperature, ensembles by the arithmetic or the geometric mean of the members' softened
 distributions. Differs: the Kullback-Leibler divergence stands for the cross-entropy, which has the same
-gradient and is zero when the student agrees.
+gradient and is zero when the student agrees. Both weights may move while the stage trains.
+
+The paper's other two ideas have files of their own: ``class_bias`` for classes that the transfer set
+lacks, :mod:`~lilliput.methods.distill.specialists` for ensembles of specialists.
 
 Cost: the teacher's forward pass a step; nothing when its outputs are cached. When not to use it: with
 random augmentation there is no cache; with two classes soft targets say little.
@@ -17,21 +22,16 @@ random augmentation there is no cache; with two classes soft targets say little.
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import gettempdir
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
-import torch
-from pydantic import PrivateAttr
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...core.method import Method
 from ...core.registry import method
 from ...core.run import Run
-from ...core.types import Change, NonNegative, Positive
-from ...errors import ModelMismatch
-from ...mechanisms.teacher import Cached, Source, shared_teacher
+from ...core.schedule import LossWeight, weight_at
+from ...core.types import Positive, Term
+from ._responses import ResponseMethod, log_mean
 
 
 def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -59,71 +59,43 @@ def soften(logits: Tensor, temperature: float, mean: Literal["arithmetic", "geom
         return F.log_softmax(logits[0] / temperature, dim=-1)
     if mean == "geometric":
         return F.log_softmax(logits.mean(dim=0) / temperature, dim=-1)
-    each = F.log_softmax(logits / temperature, dim=-1)
-    return each.logsumexp(dim=0) - torch.log(torch.tensor(float(len(logits))))
+    return log_mean(F.log_softmax(logits / temperature, dim=-1))
 
 
 @method
-class SoftTargets(Method):
+class SoftTargets(ResponseMethod):
     """Learn from a teacher's softened outputs, beside the labels.
 
     Attributes:
-        teacher: ``"original"`` (the network before compression), a file, an architecture with
-            weights, a module, or a list of these for an ensemble.
-        temperature: T.
-        soft_weight: of the soft targets; the factor T**2 is applied beside it.
-        hard_weight: of the task's own loss; 0 needs no labels.
-        mean: how an ensemble's distributions are averaged.
+        teacher: ``"original"`` (the network before compression), ``"previous"``, the name of an earlier
+            stage, a file, an architecture with weights, a module, or a list of these for an ensemble.
+        view: which view of the samples the teacher looks at; None for the student's inputs.
+        class_dim: the dim of the outputs that holds the classes; 1 for maps ``(batch, classes, ...)``.
         cache: keep the teacher's outputs for all training samples in a file; ``True`` puts it into
             the run directory.
+        temperature: T.
+        soft_weight: of the soft targets, a number or ``{start: 4, end: 1}``; the factor T**2 is applied
+            beside it.
+        hard_weight: of the task's own loss, likewise; 0 needs no labels.
+        mean: how an ensemble's distributions are averaged.
 
     Example:
         >>> SoftTargets(teacher="original", temperature=4.0).hard_weight
         0.5
     """
 
-    family: ClassVar[str] = "distill"
-    changes_model: ClassVar[bool] = False
-
-    teacher: Any = "original"
     temperature: Positive = 4.0
-    soft_weight: NonNegative = 0.5
-    hard_weight: NonNegative = 0.5
+    soft_weight: LossWeight = 0.5
+    hard_weight: LossWeight = 0.5
     mean: Literal["arithmetic", "geometric"] = "arithmetic"
-    cache: bool | str = False
-
-    _source: Source = PrivateAttr()
-
-    def attach(self, run: Run) -> None:
-        """Find the teacher, and record its outputs if they are to be cached."""
-        live = shared_teacher(run, self.teacher)
-        self._source = live
-        if self.cache:
-            self._source = Cached(self._cache_file(run), live, run.task.train, run.device)
 
     def task_weight(self, run: Run) -> float:
         """The weight of the hard targets."""
-        return self.hard_weight
+        return weight_at(self.hard_weight, run.progress)
 
-    def loss(self, run: Run) -> dict[str, Tensor]:
+    def loss(self, run: Run) -> dict[str, Term]:
         """The soft targets' term."""
-        logits = self._source.outputs(run.batch)
-        if logits.shape[1:] != run.output.shape:
-            raise ModelMismatch(
-                f"soft_targets: the teacher's outputs have the shape {tuple(logits.shape[1:])}, the "
-                f"student's {tuple(run.output.shape)}. Both need the same classes."
-            )
-        target = soften(logits, self.temperature, self.mean)
-        value = soft_target_loss(run.output, target, self.temperature)
-        return {"soft_targets": self.soft_weight * value}
-
-    def finish(self, run: Run) -> list[Change]:
-        """The teacher must be what it was; the model's change shows in its score."""
-        self._source.check()
-        return []
-
-    def _cache_file(self, run: Run) -> Path:
-        if isinstance(self.cache, str):
-            return Path(self.cache)
-        folder = run.directory if run.directory is not None else Path(gettempdir())
-        return folder / f"teacher-{run.stage}.f16"
+        own, taught = self.answers(run)
+        target = soften(taught, self.temperature, self.mean)
+        value = soft_target_loss(own, target, self.temperature)
+        return {"soft_targets": Term(value, weight_at(self.soft_weight, run.progress))}
