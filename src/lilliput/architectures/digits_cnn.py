@@ -11,37 +11,53 @@ from collections import OrderedDict
 from torch import nn
 
 from ..core.registry import architecture
+from ..errors import InputError
 from ._initialize import he_normal
 
 
 @architecture
-def digits_cnn(classes: int = 10) -> nn.Module:
+def digits_cnn(classes: int = 10, width: int = 16, depth: int = 1) -> nn.Module:
     """Three convolutions and two linear layers for 8x8 images, 48,938 parameters.
 
     Input ``(N, 1, 8, 8)``, output logits ``(N, classes)``; 624,576 multiply-adds a sample. Both
-    counts are for 10 classes.
+    counts are for the defaults.
 
     Args:
         classes: number of outputs.
+        width: channels of the first convolution; the others have 2 and 4 times as many, the hidden
+            linear layer has 6 times as many units.
+        depth: how often each convolution stands, with its ReLU. The repeated ones, ``conv2_2`` and so on,
+            keep the number of channels, so that a deeper network can grow out of a shallower one.
+
+    Raises:
+        InputError: the width or the depth is below 1.
 
     Example:
         >>> sum(p.numel() for p in digits_cnn().parameters())
         48938
     """
-    network = nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(1, 16, kernel_size=3, padding=1),
-            relu1=nn.ReLU(),
-            conv2=nn.Conv2d(16, 32, kernel_size=3, padding=1),
-            relu2=nn.ReLU(),
-            pool2=nn.MaxPool2d(2),
-            conv3=nn.Conv2d(32, 64, kernel_size=3, padding=1),
-            relu3=nn.ReLU(),
-            pool3=nn.MaxPool2d(2),
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(64 * 2 * 2, 96),
-            relu4=nn.ReLU(),
-            fc2=nn.Linear(96, classes),
-        )
-    )
-    return network.apply(he_normal)
+    if width < 1 or depth < 1:
+        raise InputError(f"digits_cnn: width={width}, depth={depth}: give at least 1 of each.")
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, (before, after) in enumerate(
+        [(1, width), (width, 2 * width), (2 * width, 4 * width)], 1
+    ):
+        _repeat(layers, number, before, after, depth)
+        if number > 1:
+            layers[f"pool{number}"] = nn.MaxPool2d(2)
+    layers["flatten"] = nn.Flatten()
+    layers["fc1"] = nn.Linear(4 * width * 2 * 2, 6 * width)
+    layers["relu4"] = nn.ReLU()
+    layers["fc2"] = nn.Linear(6 * width, classes)
+    return nn.Sequential(layers).apply(he_normal)
+
+
+def _repeat(
+    layers: OrderedDict[str, nn.Module], number: int, before: int, after: int, depth: int
+) -> None:
+    """Add a convolution and its ReLU, and ``depth - 1`` more that keep the number of channels."""
+    for place in range(1, depth + 1):
+        name = str(number) if place == 1 else f"{number}_{place}"
+        channels = before if place == 1 else after
+        layers[f"conv{name}"] = nn.Conv2d(channels, after, kernel_size=3, padding=1)
+        layers[f"relu{name}"] = nn.ReLU()

@@ -40,10 +40,16 @@ class Method(Settings):
         family: ``"distill"``, ``"prune"``, ``"quantize"``, ``"factorize"``, ``"multitask"``, ``"grow"``.
         changes_model: False for methods that only add losses, whose work shows in the score and
             which therefore need not report a change of the model.
+        initializes: True for methods that give the network the weights from which the stage starts. They
+            stand before methods that encode or cut weights, and may refuse to stand behind them.
+        example_task: what the contract suite's tiny networks do on which the example is tried,
+            ``"classification"`` or ``"detection"``.
     """
 
     family: ClassVar[str] = ""
     changes_model: ClassVar[bool] = True
+    initializes: ClassVar[bool] = False
+    example_task: ClassVar[str] = "classification"
 
     @classmethod
     def method_name(cls) -> str:
@@ -54,6 +60,16 @@ class Method(Settings):
     def example(cls) -> Method:
         """An instance with few settings, fit for a tiny network; the contract suite runs it."""
         return cls()
+
+    @classmethod
+    def example_network(cls, features: int, outputs: int) -> nn.Module | None:
+        """The network that the example's stage must bring; None for a method that takes any.
+
+        Args:
+            features: numbers of a sample.
+            outputs: of the network.
+        """
+        return None
 
     def memory(self, run: Run) -> dict[str, Any]:
         """This method's own memory in this run: tensors, numbers, strings and lists of them."""

@@ -10,7 +10,7 @@ In a test module, with pytest::
 Lilliput's own tests hand in every registered method, so a new one is tested without a test being written.
 
 The surprising rule: a method may refuse a network, if it refuses with a ``LilliputError``; but it must
-accept one of the three, or the contract is not met.
+accept one of those that it is tried on, or the contract is not met.
 """
 
 from .contract import MethodContract

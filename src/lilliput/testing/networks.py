@@ -1,4 +1,6 @@
-"""Three tiny networks, each with data that it can learn: what the contract is checked on.
+"""Three tiny classifiers, each with data that it can learn: what the contract is checked on.
+
+Methods that only detectors can use are checked on a tiny detector instead.
 
 The surprising rule: the batches are shuffled with torch's global generator, and every network has
 dropout, so a run that does not restore the random state after an interruption is found out.
@@ -12,9 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..architectures.detector import detector
 from ..core.digests import mix
+from ..core.method import Method
 from ..core.task import Task, accuracy
 from ..core.types import Batch
+from ..mechanisms.detection import detection_loss
+from ..tasks.voc import MeanAveragePrecision
 
 CLASSES = 3
 
@@ -24,7 +30,7 @@ class ShuffledBatches:
 
     Args:
         inputs: shape ``(samples, ...)``.
-        target: shape ``(samples,)``.
+        target: shape ``(samples, ...)``.
         size: samples a batch.
     """
 
@@ -130,3 +136,48 @@ NETWORKS = (
     TinyNetwork("cnn", _cnn, (1, 8, 8)),
     TinyNetwork("transformer", TinyTransformer, (6, 8)),
 )
+
+
+@dataclass(frozen=True)
+class TinyDetector(TinyNetwork):
+    """A network of the contract that finds squares, of two classes."""
+
+    def task(self) -> Task:
+        """Detection of one bright square in noise; its channel is its class."""
+        (x, boxes), (seen, known) = (_squares(self.shape, count, count) for count in (32, 16))
+        test = [Batch(seen, known)]
+        metric = MeanAveragePrecision(classes=2)
+        return Task(
+            ShuffledBatches(x, boxes, 8), test, test, detection_loss, metric, "tiny squares"
+        )
+
+
+def _squares(shape: tuple[int, ...], samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images, and of each its box, its class from 1, and that it is not difficult."""
+    generator = torch.Generator().manual_seed(mix("squares", seed))
+    images = torch.randn(samples, *shape, generator=generator) / 4
+    corner = torch.randint(2, 17, (samples, 2), generator=generator)
+    target = torch.zeros(samples, 1, 6)
+    for number, (x, y) in enumerate(corner.tolist()):
+        images[number, number % 2, y : y + 12, x : x + 12] += 2.0
+        target[number, 0] = torch.tensor([x, y, x + 12, y + 12, 1 + number % 2, 0])
+    return images, target
+
+
+def _detector() -> nn.Module:
+    return detector(width=4, classes=2, sizes=(8, 14), proposals=16, found=8)
+
+
+DETECTORS = (TinyDetector("detector", _detector, (3, 32, 32)),)
+
+
+def networks_for(*methods: Method) -> tuple[TinyNetwork, ...]:
+    """The tiny networks on which methods are tried, alone or together.
+
+    Example:
+        >>> from lilliput.methods import Codebook
+        >>> [network.name for network in networks_for(Codebook(bits=2))]
+        ['mlp', 'cnn', 'transformer']
+    """
+    detect = any(type(method).example_task == "detection" for method in methods)
+    return DETECTORS if detect else NETWORKS

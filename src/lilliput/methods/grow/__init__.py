@@ -1,0 +1,1 @@
+"""Growing: a stage's network starts from what an earlier, smaller or simpler one has learned."""
