@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from coverage import stand_in_for_operators
 from torch import nn
 
 from lilliput.engine.records import environment
 from lilliput.mechanisms.groups import find_groups
 from lilliput.mechanisms.surgery import cut
 from lilliput.methods.prune._norms import norms
+from lilliput.testing import stand_in_for_torchvision
 
 RESULTS = Path(__file__).parent / "results" / "analysis_time.json"
 KEEP = 0.5
@@ -48,7 +48,7 @@ def plain(depth: int) -> nn.Module:
 
 
 def from_torchvision(name: str) -> nn.Module:
-    stand_in_for_operators()
+    stand_in_for_torchvision()
     import torchvision
 
     return torchvision.models.get_model(name, weights=None)

@@ -7,6 +7,9 @@
 An experiment is a YAML file in ``benchmarks/experiments``: a shipped recipe, overrides, and seeds. Its result
 lies in ``benchmarks/results/NAME.json``. It is done again when the recipe, the overrides or the
 seeds have changed; seeds that are done already are kept. Killed and started again, it goes on.
+
+An experiment about thinner networks has ``widths``: the layers whose widths are shown (``inputs`` stands for
+the inputs that are still used) and, for each stage that is shown, what the paper reports of it.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 from ruamel.yaml import YAML
 
+from lilliput import artifact
 from lilliput.engine.recipes import find_recipe
 
 HERE = Path(__file__).resolve().parent
@@ -42,15 +47,21 @@ def main() -> None:
     )
     parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
     options = parser.parse_args()
-    found = sorted(options.experiments.glob("**/*.yaml"))
-    chosen = [p for p in found if not options.names or any(n in p.stem for n in options.names)]
+    known = sorted(options.experiments.glob("**/*.yaml"))
+    chosen = [p for p in known if not options.names or any(n in p.stem for n in options.names)]
     if not options.table:
         run_all(chosen, options)
     for path in chosen:
         show(options.results / f"{path.stem}.json")
-    results = [p for path in chosen if (p := options.results / f"{path.stem}.json").exists()]
-    print("\n" + markdown(results))
-    print("\n" + columns(results))
+    found = [p for path in chosen if (p := options.results / f"{path.stem}.json").exists()]
+    results = [json.loads(path.read_text()) for path in found]
+    thin = [content for content in results if "widths" in content["experiment"]]
+    small = [content for content in results if content not in thin]
+    if small:
+        print("\n" + markdown(small))
+        print("\n" + columns(small))
+    if thin:
+        print("\n" + widths(thin))
 
 
 def run_all(paths: list[Path], options: argparse.Namespace) -> None:
@@ -96,6 +107,8 @@ def run_one(path: Path, seed: int, options: argparse.Namespace) -> None:
         return
     environment = json.loads((directory / "environment.json").read_text())
     figures = portable(json.loads((directory / "result.json").read_text()))
+    for stage in figures["stages"]:
+        stage["inputs"] = inputs_used(directory / stage["artifact"])
     figures |= {"seed": seed, "environment": environment}
     add(options.results / f"{path.stem}.json", experiment, figures)
     print(f"{path.stem} seed {seed}: {summary(figures)}", flush=True)
@@ -108,6 +121,14 @@ def portable(figures: dict[str, Any]) -> dict[str, Any]:
         if "artifact" in found:
             found["artifact"] = str(home.joinpath(found["artifact"]).relative_to(home))
     return figures
+
+
+def inputs_used(path: Path) -> int:
+    """How many inputs of a file's first layer have a weight that is not zero."""
+    with artifact.open(path) as file:
+        first = next(name for name in file.names() if len(file.info(name).shape) > 1)
+        weight = file.dense(first)
+    return int(np.count_nonzero(weight.any(axis=(0, *range(2, weight.ndim)))))
 
 
 def add(path: Path, experiment: dict[str, Any], figures: dict[str, Any]) -> None:
@@ -136,30 +157,28 @@ def show(path: Path) -> None:
         print(f"  {name}: mean {mean(values):.3f}, from {min(values):.3f} to {max(values):.3f}")
 
 
-def markdown(results: list[Path]) -> str:
+def markdown(results: list[dict[str, Any]]) -> str:
     """The table that the README shows: mean and spread over the seeds."""
     rows = [
         "| network, data | score, dense | score, compressed | change | bytes on disk | smaller | reported |",
         "|---|---|---|---|---|---|---|",
     ]
-    for path in results:
-        rows.append(markdown_row(json.loads(path.read_text())))
-    return "\n".join(rows)
+    return "\n".join([*rows, *map(markdown_row, results)])
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{deviation}"
 
 
 def markdown_row(content: dict[str, Any]) -> str:
     experiment, runs = content["experiment"], content["runs"]
-
-    def figure(name: str, form: str = ".2f") -> str:
-        values = [run[name] for run in runs]
-        spread = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
-        return f"{mean(values):{form}}{spread}"
-
     drop = -mean(run["score_drop"] for run in runs)
     cells = (
         experiment.get("title", experiment["recipe"]),
-        figure("baseline_score"),
-        figure("score"),
+        spread([run["baseline_score"] for run in runs]),
+        spread([run["score"] for run in runs]),
         f"{drop:+.2f}",
         f"{mean(run['bytes'] for run in runs):,.0f}",
         f"{mean(run['size_ratio'] for run in runs):.1f}x",
@@ -168,15 +187,13 @@ def markdown_row(content: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def columns(results: list[Path]) -> str:
+def columns(results: list[dict[str, Any]]) -> str:
     """Deep Compression's own table: kept weights, and the ratios of its three steps; means over seeds."""
     rows = [
         "| network, data | kept weights a layer, % | P | P+Q | P+Q+H | file |",
         "|---|---|---|---|---|---|",
     ]
-    for path in results:
-        content = json.loads(path.read_text())
-        rows.append(columns_row(content["experiment"], content["runs"]))
+    rows += [columns_row(content["experiment"], content["runs"]) for content in results]
     return "\n".join(rows)
 
 
@@ -195,6 +212,43 @@ def columns_row(experiment: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     file = mean(run["size_ratio"] for run in runs)
     ratios = " | ".join(f"{ratio:.1f}x" for ratio in (*steps, file))
     return f"| {experiment.get('title', experiment['recipe'])} | {shown} | {ratios} |"
+
+
+def widths(results: list[dict[str, Any]]) -> str:
+    """Networks that became thinner: the widths of each seed, beside the paper's; means over seeds."""
+    rows = [
+        "| network, data | stage | widths of the seeds | parameters left | MACs left | error, % | reported |",
+        "|---|---|---|---:|---:|---|---|",
+    ]
+    for content in results:
+        experiment, runs = content["experiment"], content["runs"]
+        shown = experiment["widths"]
+        for stage, reported in shown["reported"].items():
+            rows.append(widths_row(experiment["title"], stage, reported, shown["layers"], runs))
+    return "\n".join(rows)
+
+
+def widths_row(
+    title: str, name: str, reported: str, layers: list[str], runs: list[dict[str, Any]]
+) -> str:
+    stages = [next(s for s in run["stages"] if s["name"] == name) for run in runs]
+    pairs = [(stage, run["stages"][0]) for stage, run in zip(stages, runs, strict=True)]
+    seeds = dict.fromkeys("-".join(str(width(stage, n)) for n in layers) for stage in stages)
+    parameters, work = (
+        f"{100 * mean(stage[what] / first[what] for stage, first in pairs):.1f} %"
+        for what in ("parameters", "macs")
+    )
+    error = spread([100 - stage["score"] for stage in stages])
+    cells = (title, name, ", ".join(seeds), parameters, work, error, reported)
+    return f"| {' | '.join(cells)} |"
+
+
+def width(stage: dict[str, Any], layer: str) -> int:
+    """How many channels a layer has after a stage."""
+    if layer == "inputs":
+        return int(stage["inputs"])
+    shape = next(e["shape"] for e in stage["layers"] if e["name"] == f"{layer}.weight")
+    return int(shape[0])
 
 
 def summary(run: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Write docs/methods/*.md, one page a method, from the docstrings and fields of the code."""
+"""Write docs/methods/*.md, one page a method, and the README's list, from the docstrings of the code."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from typing import Any
 from lilliput.core import registry
 
 FOLDER = Path(__file__).parent / "methods"
+README = FOLDER.parents[1] / "README.md"
+BEGIN, END = "<!-- methods, by docs/generate.py -->\n", "<!-- end of methods -->"
+FAMILIES = {
+    "distill": "learn from a teacher",
+    "prune": "remove weights or channels",
+    "quantize": "fewer values",
+    "grow": "start from an earlier network",
+}
 
 
 def main() -> None:
@@ -19,6 +27,9 @@ def main() -> None:
     for entry in entries.values():
         (FOLDER / f"{entry.name}.md").write_text(page(entry), encoding="utf-8")
     (FOLDER / "README.md").write_text(index(entries), encoding="utf-8")
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    text = before + BEGIN + overview(entries) + END + rest.partition(END)[2]
+    README.write_text(text, encoding="utf-8")
     print(f"{len(entries)} pages in {FOLDER}")
 
 
@@ -28,6 +39,21 @@ def page(entry: registry.Entry) -> str:
     title, _, body = text.partition("\n")
     parts = [f"# `{entry.name}`", title, body.strip(), "## Settings", settings(cls)]
     return "\n\n".join(parts) + "\n"
+
+
+def overview(entries: dict[str, registry.Entry]) -> str:
+    """A row a family: its methods, linked, with author and year."""
+    rows = ["| family | methods |", "|---|---|"]
+    for family, meaning in FAMILIES.items():
+        links = [link(entry) for entry in entries.values() if entry.family == family]
+        rows.append(f"| {family}: {meaning} | {' · '.join(links)} |")
+    return "\n".join(rows) + "\n"
+
+
+def link(entry: registry.Entry) -> str:
+    paper = entry.papers[0]
+    first = paper.authors.partition(",")[0]
+    return f"[`{entry.name}`](docs/methods/{entry.name}.md) ({first} {paper.year})"
 
 
 def settings(cls: Any) -> str:

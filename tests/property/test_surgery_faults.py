@@ -33,7 +33,7 @@ from lilliput.mechanisms import encodings, surgery
 from lilliput.mechanisms.encodings import Codebook, Mask, encode
 from lilliput.mechanisms.groups.classes import Group, Groups, Member
 from lilliput.mechanisms.surgery import Plan, apply_plan, bypass, cut, plan_of, replace
-from lilliput.mechanisms.surgery.check import _switches
+from lilliput.mechanisms.surgery.transaction import precision_switches
 
 FOLDER = str(Path(surgery.__file__).parent)
 ENCODINGS = encodings.__file__
@@ -124,7 +124,7 @@ def everything(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
 
 def _precision() -> list[str]:
     """How torch multiplies float32, which the self-check sets."""
-    return [getattr(library, name) for library, name, _ in _switches(torch.backends)]
+    return [getattr(library, name) for library, name, _ in precision_switches()]
 
 
 def same(a: Any, b: Any) -> bool:
@@ -252,6 +252,36 @@ def test_a_fault_at_any_step_leaves_everything_as_it_was(name: str, optimizer_na
     operate(net, optimizer)  # and then it works
     assert same(net(x), trial(x))
     optimizer.step()
+
+
+class CtrlC(Faults):
+    """Ctrl-C at the n-th line of the functions in which a rehearsal runs and ends."""
+
+    where = ("answers", "_rehearsed", "rehearsal", "surely", "restore", "_restore_tensor")
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(FOLDER):
+            return None
+        self.lines += event == "line" and frame.f_code.co_name in self.where
+        if self.lines == self.at and not self.raised:
+            self.raised = True
+            raise self.problem("injected")
+        return self
+
+
+def test_ctrl_c_where_a_rehearsal_ends_leaves_everything_as_it_was() -> None:
+    """At every single line: what the check sets for all of torch is put back as well."""
+    torch.manual_seed(0)
+    net, groups, removal, x = _mlp()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    before = everything(net, optimizer)
+    with tracing(CtrlC(sys.maxsize, KeyboardInterrupt)) as counting:
+        cut(copy.deepcopy(net), groups, removal, inputs=x)
+    assert counting.lines > 100
+    for at in range(1, counting.lines + 1):
+        with pytest.raises(KeyboardInterrupt), tracing(CtrlC(at, KeyboardInterrupt)):
+            cut(net, groups, removal, inputs=x)
+        assert same(everything(net, optimizer), before), f"Ctrl-C at line {at}"
 
 
 # -- cuts ---------------------------------------------------------------------------------------

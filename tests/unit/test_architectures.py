@@ -16,10 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from lilliput.architectures.digits_cnn import digits_cnn
 from lilliput.architectures.lenet_5 import lenet_5
 from lilliput.architectures.lenet_300_100 import lenet_300_100
+from lilliput.architectures.mlp import mlp
 from lilliput.architectures.resnet_cifar import _Shortcut, resnet8, resnet20
 from lilliput.core.registry import entries, load
 from lilliput.core.task import evaluate
+from lilliput.errors import InputError
 from lilliput.tasks.cifar10 import cifar10
+from lilliput.testing import stand_in_for_torchvision
 
 DATA = Path(os.environ.get("LILLIPUT_DATA", "no-data"))
 WEIGHTS = DATA / "cifar10-resnet"
@@ -29,6 +32,7 @@ MNIST_SHAPE, DIGIT_SHAPE, CIFAR_SHAPE = (1, 28, 28), (1, 8, 8), (3, 32, 32)
 COUNTS = [
     ("lenet_300_100", MNIST_SHAPE, 266_610, 266_200),
     ("lenet_5", MNIST_SHAPE, 431_080, 2_293_000),
+    ("mlp", MNIST_SHAPE, 545_810, 545_000),
     ("digits_cnn", DIGIT_SHAPE, 48_938, 624_576),
     ("resnet8", CIFAR_SHAPE, 75_290, 12_239_488),
     ("resnet14", CIFAR_SHAPE, 172_506, 26_395_264),
@@ -44,6 +48,9 @@ COUNTS = [
 OTHERS = [
     ("lstm_forecaster", (24, 7), 4 * 64 * (7 + 64 + 2) + 65 * 24 * 7, (2, 24, 7)),
     ("speech_lstm", (63, 40), 4 * 128 * (40 + 128 + 2) + 129 * 10, (2, 10)),
+    ("additive", (10,), 10 * (32 + 1) + 1, (2, 1)),
+    ("tree_ensemble", (10,), 100 * 2**3 + 1, (2, 1)),
+    ("detector", (3, 64, 96), 548_463, (2, 60, 6)),  # summed in test_detector.py
     ("speech_cnn", (63, 40), 9 * (32 + 32 * 64 + 64 * 128) + 2 * 224 + 129 * 10, (2, 10)),
 ]
 
@@ -82,9 +89,19 @@ def test_counts(name: str, shape: tuple[int, ...], size: int, macs: int) -> None
 def test_every_shipped_architecture_is_counted_and_documents_its_count() -> None:
     shipped = {n: e for n, e in entries("architecture").items() if e.module.startswith("lilliput.")}
     counted = {name: size for name, _, size, _ in [*COUNTS, *OTHERS]}
+    counted["translator"] = 1_503_232
     assert set(shipped) == set(counted)
     for name, size in counted.items():
         assert f"{size:,}" in shipped[name].summary
+
+
+def test_translator_has_its_count() -> None:
+    stand_in_for_torchvision()
+    pytest.importorskip("transformers")
+    layer = 4 * 128 * 129 + 2 * 128 * 512 + 512 + 128 + 2 * 256  # attention, two layers, two norms
+    positions, decoders = 2 * 256 * 128, 2 * (4 * 128 * 129 + 256)  # sinusoids; cross-attentions
+    summed = 4000 * 128 + positions + 4 * layer + decoders
+    assert parameters(load("architecture", "translator")()) == summed == 1_503_232
 
 
 @pytest.mark.parametrize(("name", "shape", "size", "output"), OTHERS)
@@ -115,10 +132,8 @@ def test_classes_change_only_the_last_layer(
     *_, last = (m for m in model.modules() if isinstance(m, nn.Linear))
     assert last.out_features == 7
     assert parameters(model) == size - 3 * (last.in_features + 1)
-    assert json.loads(json.dumps(model.lilliput_origin)) == {
-        "architecture": name,
-        "arguments": {"classes": 7},
-    }
+    origin = json.loads(json.dumps(model.lilliput_origin))
+    assert (origin["architecture"], origin["arguments"]["classes"]) == (name, 7)
 
 
 def test_layer_names() -> None:
@@ -128,6 +143,33 @@ def test_layer_names() -> None:
     assert weighted(lenet_300_100()) == ["fc1", "fc2", "fc3"]
     assert weighted(lenet_5()) == ["conv1", "conv2", "fc1", "fc2"]
     assert weighted(digits_cnn()) == ["conv1", "conv2", "conv3", "fc1", "fc2"]
+
+
+def test_mlp_of_any_widths() -> None:
+    model = mlp([4, 3, 2], inputs=6, classes=5)
+    widths = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
+    assert widths == [(6, 4), (4, 3), (3, 2), (2, 5)]
+    assert model(torch.zeros(2, 2, 3)).shape == (2, 5)
+    with pytest.raises(InputError, match=r"hidden=\[4, 0\]"):
+        mlp([4, 0])
+
+
+def test_digits_cnn_grows_in_width_and_depth() -> None:
+    model = digits_cnn(width=4, depth=2)
+    shapes = {n: tuple(m.weight.shape) for n, m in model.named_modules() if hasattr(m, "weight")}
+    assert shapes == {
+        "conv1": (4, 1, 3, 3),
+        "conv1_2": (4, 4, 3, 3),
+        "conv2": (8, 4, 3, 3),
+        "conv2_2": (8, 8, 3, 3),
+        "conv3": (16, 8, 3, 3),
+        "conv3_2": (16, 16, 3, 3),
+        "fc1": (24, 64),
+        "fc2": (10, 24),
+    }
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    with pytest.raises(InputError, match="depth=0"):
+        digits_cnn(depth=0)
 
 
 def test_lenet_5_has_its_only_relu_after_fc1() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.errors import InputError, ModelMismatch, UnknownName
-from lilliput.mechanisms.taps import Taps
+from lilliput.mechanisms.taps import Taps, unwatched
 
 
 class Twice(nn.Module):
@@ -80,6 +80,21 @@ def test_closed_taps_keep_nothing() -> None:
     taps.open()
     with pytest.raises(ModelMismatch):
         taps["0"]
+
+
+def test_a_pass_can_go_by_unseen() -> None:
+    net, other = (nn.Sequential(nn.Linear(3, 3)) for _ in range(2))
+    taps, others = Taps(net, ["0"], open=True), Taps(other, ["0"], open=True)
+    y = net(torch.randn(1, 3))
+    with pytest.raises(ZeroDivisionError), unwatched(), unwatched():
+        net(torch.randn(1, 3))
+        other(torch.randn(1, 3))
+        raise ZeroDivisionError
+    assert taps.calls("0")[0] is y and len(taps.calls("0")) == 1
+    with pytest.raises(ModelMismatch, match="did not come by"):
+        others["0"]
+    net(torch.randn(1, 3))
+    assert len(taps.calls("0")) == 2
 
 
 def test_copies_are_not_watched() -> None:

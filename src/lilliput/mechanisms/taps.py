@@ -11,8 +11,9 @@ error, for it would silently be the value behind the operator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -43,6 +44,9 @@ class Taps:
         >>> taps["1"].shape, taps["1"] is taps["2:input"]
         (torch.Size([5, 3]), True)
     """
+
+    #: How many :func:`unwatched` blocks the program is inside; other hooks that watch look here too.
+    blind: ClassVar[int] = 0
 
     def __init__(self, network: nn.Module, places: Sequence[str], *, open: bool = False) -> None:
         self.network, self.places = network, list(dict.fromkeys(places))
@@ -109,7 +113,7 @@ class Taps:
         return module.register_forward_hook(_After(self, place, number))
 
     def _see(self, place: str, number: int, values: Any) -> None:
-        if not self._open:
+        if not self._open or Taps.blind:
             return
         tensors = [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
         if number >= len(tensors):
@@ -118,6 +122,27 @@ class Taps:
         self._seen[place].append((tensor, tensor._version))
         if self._stop and all(self._seen.values()):
             raise _Seen
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Let forward passes go by unseen, such as a second one of a network within a step.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 3))
+        >>> taps = Taps(net, ["0"], open=True)
+        >>> first = net(torch.ones(1, 4))
+        >>> with unwatched():
+        ...     _ = net(torch.zeros(1, 4))
+        >>> taps["0"] is first
+        True
+    """
+    Taps.blind += 1
+    try:
+        yield
+    finally:
+        Taps.blind -= 1
 
 
 class _Seen(Exception):

@@ -77,7 +77,7 @@ def followed(
         if k == 0 or len(dim) == 1 or only not in (None, k):  # a group keeps at least one channel
             before[k] = trace.labels.still(len(dim))
     trace.put(x, before)
-    with _Operators(trace, {}):
+    with _Operators(trace, torch.nn.Module()):
         out = move(x)
     outs = [out] if isinstance(out, Tensor) else list(out)
     return trace, before, [trace.dims(t) for t in outs]

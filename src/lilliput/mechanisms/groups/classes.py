@@ -55,7 +55,7 @@ class Site:
         call: how many-th call of the module in one forward pass, from 0.
         position: which tensor among the call's tensor inputs (or outputs), from 0.
         dim: which dim of it, the batch being dim 0.
-        index: int64 ``(channels, repeats)`` as in :class:`Member`.
+        index: int64 ``(channels, repeats)`` as in :class:`Member`; sites often share it.
     """
 
     module: str

@@ -8,45 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .classes import Group, Member, Site
 from .labels import Dim, Note, Solution
-from .trace import Entry, Sighting, Trace
+from .trace import Trace
 
-Key = TypeVar("Key")
 Ints = NDArray[np.int64]
+
+#: Of one dim, the groups that it carries, each with the indices ``(channels, repeats)``.
+_Blocks = list[tuple[int, Ints]]
 
 
 @dataclass
-class _Table(Generic[Key]):
-    """All indices of many dims, one after the other.
+class _Table:
+    """All indices of many dims, one after the other, without those that must stay.
 
     Attributes:
-        keys: what each dim is.
         dim: number of the dim of each index.
         position: of the index in its dim.
-        label: of the index.
+        component: of the index.
     """
 
-    keys: list[Key]
     dim: Ints
     position: Ints
-    label: Ints
+    component: Ints
 
     @classmethod
-    def of(cls, keys: list[Key], dims: Sequence[Dim]) -> _Table[Key]:
+    def of(cls, dims: Sequence[Dim], solution: Solution) -> _Table:
         sizes = np.array([len(d) for d in dims], dtype=np.int64)
         starts = np.cumsum(sizes) - sizes
-        number = np.repeat(np.arange(len(dims)), sizes)
-        label = np.concatenate([*dims, np.zeros(0, dtype=np.int64)])
-        return cls(keys, number, np.arange(len(label)) - starts[number], label)
+        labels = np.concatenate([*dims, np.zeros(0, dtype=np.int64)])
+        live = np.flatnonzero(solution.live(labels))
+        dim = np.repeat(np.arange(len(dims)), sizes)[live]
+        return cls(dim, live - starts[dim], solution.of[labels[live]])
 
-    def select(self, chosen: NDArray[np.bool_]) -> _Table[Key]:
-        return _Table(self.keys, self.dim[chosen], self.position[chosen], self.label[chosen])
+    def select(self, chosen: NDArray[np.bool_]) -> _Table:
+        return _Table(self.dim[chosen], self.position[chosen], self.component[chosen])
 
 
 @dataclass
@@ -66,33 +66,34 @@ class Assembly:
 
 def assemble(trace: Trace, solution: Solution) -> tuple[tuple[Group, ...], Assembly]:
     """All groups of a trace, in the order of the first layer that makes them."""
-    keys = [(entry, k) for entry in trace.entries for k in range(len(entry.dims))]
-    members = _Table.of(keys, [entry.dims[k] for entry, k in keys])
-    members = members.select(solution.live(members.label))
-    made = np.array([entry.roles[k] == "makes" for entry, k in keys], dtype=bool)
-    assembly = _assembly(members, made, solution)
-    seen = [
-        (s, k) for s in trace.sightings for k, d in enumerate(s.dims) if trace.labels.is_live(d)
-    ]
-    sites = _Table.of(seen, [s.dims[k] for s, k in seen])
-    sites = sites.select(solution.live(sites.label))
-    return _groups(trace, solution, assembly, members, sites), assembly
+    members = _Table.of([entry.dims[k] for entry, k in trace.places], solution)
+    made = np.array([entry.roles[k] == "makes" for entry, k in trace.places], dtype=bool)
+    assembly = _assembly(members, made, len(solution.fixed))
+    mixed = _touched(trace.labels.mixed, solution, assembly)
+    pairs = _touched(trace.labels.pairs, solution, assembly)
+    its_members, its_sites = _members(trace, members, assembly), _sites(trace, solution, assembly)
+    groups = tuple(
+        Group(
+            int(count),
+            tuple(its_members[n]),
+            tuple(its_sites[n]),
+            tuple(dict.fromkeys(str(note.reason) for note in mixed[n])),
+            bool(pairs[n]),
+        )
+        for n, count in enumerate(assembly.count)
+    )
+    return groups, assembly
 
 
-def _assembly(
-    members: _Table[tuple[Entry, int]], made: NDArray[np.bool_], solution: Solution
-) -> Assembly:
-    component = solution.of[members.label]
-    total = len(solution.fixed)
-    makes = made[members.dim] if len(made) else np.zeros(0, dtype=bool)
-    roots = np.zeros(total, dtype=bool)
-    roots[component[makes]] = True
+def _assembly(members: _Table, made: NDArray[np.bool_], total: int) -> Assembly:
+    component = members.component
+    makes = np.flatnonzero(made[members.dim])
     first = np.full(total, len(component))
-    np.minimum.at(first, component[makes], np.nonzero(makes)[0])
-    number = _same_footprint(component, members.dim, total)
-    chosen = np.nonzero(roots)[0]
+    np.minimum.at(first, component[makes], makes)
+    chosen = np.flatnonzero(first < len(component))
     order = chosen[np.argsort(first[chosen], kind="stable")]
-    _, start, inverse = np.unique(number[order], return_index=True, return_inverse=True)
+    footprint = _footprints(members, total)[order]
+    _, start, inverse = np.unique(footprint, return_index=True, return_inverse=True)
     appearance = np.argsort(np.argsort(start))[inverse]  # groups in the order of their first maker
     group = np.full(total, -1)
     rank = np.zeros(total, dtype=np.int64)
@@ -103,70 +104,63 @@ def _assembly(
     return Assembly(group, rank, count)
 
 
-def _same_footprint(component: NDArray[np.int32], dim: Ints, total: int) -> Ints:
+def _footprints(members: _Table, total: int) -> Ints:
     """A number for each component, equal for those that touch the same dims equally often."""
-    generator = np.random.default_rng(0)
-    keys = generator.integers(1, 2**31, size=(2, int(dim.max()) + 1 if len(dim) else 1))
-    sums = [np.bincount(component, weights=k[dim], minlength=total) for k in keys]
-    _, number = np.unique(np.stack(sums, axis=1), axis=0, return_inverse=True)
-    return np.asarray(number.reshape(-1), dtype=np.int64)
-
-
-def _groups(
-    trace: Trace,
-    solution: Solution,
-    assembly: Assembly,
-    members: _Table[tuple[Entry, int]],
-    sites: _Table[tuple[Sighting, int]],
-) -> tuple[Group, ...]:
-    count = len(assembly.count)
-    its_members: list[list[Member]] = [[] for _ in range(count)]
-    for number, (entry, k), index in _blocks(members, solution, assembly):
-        its_members[number].append(Member(entry.name, k, entry.roles[k], index))
-    its_sites: list[list[Site]] = [[] for _ in range(count)]
-    for number, (s, k), index in _blocks(sites, solution, assembly):
-        its_sites[number].append(Site(s.module, s.side, s.call, s.position, k, index))
-    mixed = _touched(trace.labels.mixed, solution, assembly)
-    pairs = _touched(trace.labels.pairs, solution, assembly)
-    return tuple(
-        Group(
-            int(assembly.count[n]),
-            tuple(its_members[n]),
-            tuple(its_sites[n]),
-            tuple(dict.fromkeys(str(note) for note in mixed[n])),
-            bool(pairs[n]),
-        )
-        for n in range(count)
+    limits = np.iinfo(np.int64)
+    of_dim = np.random.default_rng(0).integers(
+        limits.min, limits.max, size=int(members.dim.max(initial=0)) + 1
     )
+    sums = np.zeros(total, dtype=np.int64)
+    np.add.at(sums, members.component, of_dim[members.dim])  # it may overflow: a sum modulo 2^64
+    return sums
 
 
-def _blocks(
-    table: _Table[Key], solution: Solution, assembly: Assembly
-) -> list[tuple[int, Key, Ints]]:
-    """For each group and dim that meet, the indices ``(channels, repeats)``."""
-    component = solution.of[table.label]
-    inside = assembly.group[component] >= 0
-    component, table = component[inside], table.select(inside)
-    group, rank = assembly.group[component], assembly.rank[component]
+def _members(trace: Trace, table: _Table, assembly: Assembly) -> list[list[Member]]:
+    """The members of each group, in the order of the model."""
+    found: list[list[Member]] = [[] for _ in assembly.count]
+    all_blocks = _blocks(table, len(trace.places), assembly)
+    for (entry, k), blocks in zip(trace.places, all_blocks, strict=True):
+        for number, index in blocks:
+            found[number].append(Member(entry.name, k, entry.roles[k], index))
+    return found
+
+
+def _sites(trace: Trace, solution: Solution, assembly: Assembly) -> list[list[Site]]:
+    """The sites of each group; most activations have the very dims of an earlier one."""
+    found: list[list[Site]] = [[] for _ in assembly.count]
+    dims = {id(dim): dim for sighting in trace.sightings for dim in sighting.dims}
+    table = _Table.of(list(dims.values()), solution)
+    blocks = dict(zip(dims, _blocks(table, len(dims), assembly), strict=True))
+    for module, side, call, position, its in trace.sightings:
+        for k, dim in enumerate(its):
+            for number, index in blocks[id(dim)]:
+                found[number].append(Site(module, side, call, position, k, index))
+    return found
+
+
+def _blocks(table: _Table, count: int, assembly: Assembly) -> list[_Blocks]:
+    """For each of so many dims, the groups that it carries with their indices there."""
+    table = table.select(assembly.group[table.component] >= 0)
+    group, rank = assembly.group[table.component], assembly.rank[table.component]
     width = int(assembly.count.max(initial=1))
     key = (table.dim * len(assembly.count) + group) * width + rank
     order = np.argsort(key, kind="stable")  # positions ascend already
     dim, group, position = table.dim[order], group[order], table.position[order]
-    edges = np.nonzero((np.diff(dim) != 0) | (np.diff(group) != 0))[0] + 1
-    begins = [0, *edges.tolist()] if len(dim) else []
+    edges = np.flatnonzero((np.diff(dim) != 0) | (np.diff(group) != 0)) + 1
+    begins = np.concatenate([np.zeros(min(len(dim), 1), dtype=np.int64), edges])
     ends = [*edges.tolist(), len(dim)]
-    return [
-        (n, table.keys[dim[a]], position[a:b].reshape(assembly.count[n], -1))
-        for a, b in zip(begins, ends, strict=False)
-        for n in (int(group[a]),)
-    ]
+    found: list[_Blocks] = [[] for _ in range(count)]
+    blocks = zip(dim[begins].tolist(), group[begins].tolist(), begins.tolist(), ends, strict=False)
+    for k, number, a, b in blocks:
+        found[k].append((number, position[a:b].reshape(assembly.count[number], -1)))
+    return found
 
 
 def _touched(notes: list[Note], solution: Solution, assembly: Assembly) -> list[list[Note]]:
     """The notes that concern each group."""
     found: list[list[Note]] = [[] for _ in assembly.count]
     for note in notes:
-        for number in np.unique(assembly.group[solution.of[note.labels]]):
+        for number in np.unique(assembly.group[solution.of[np.maximum(note.labels, 0)]]):
             if number >= 0:
                 found[number].append(note)
     return found
@@ -174,9 +168,12 @@ def _touched(notes: list[Note], solution: Solution, assembly: Assembly) -> list[
 
 def unprunable(trace: Trace, solution: Solution) -> dict[str, str]:
     """Why channels that a weight makes must stay, for each dim where some must."""
-    reasons = {}
-    for entry in trace.entries:
-        for k, (dim, role) in enumerate(zip(entry.dims, entry.roles, strict=True)):
-            if role == "makes" and not solution.live(dim).all():
-                reasons[f"{entry.name} dim {k}"] = solution.reason(dim)
-    return reasons
+    made = [(entry, k) for entry, k in trace.places if entry.roles[k] == "makes"]
+    left = np.bincount(
+        _Table.of([entry.dims[k] for entry, k in made], solution).dim, minlength=len(made)
+    )
+    return {
+        f"{entry.name} dim {k}": solution.reason(entry.dims[k])
+        for (entry, k), live in zip(made, left, strict=True)
+        if live < len(entry.dims[k])
+    }

@@ -36,10 +36,9 @@ class Context(NamedTuple):
         return f"{self.operator} {where}" if self.operator else where
 
 
-class Note(NamedTuple):
-    """Something learned about labels: that they must stay, are mixed, are contracted pairwise."""
+class Reason(NamedTuple):
+    """Why labels must stay, or are mixed."""
 
-    labels: Dim
     why: str
     context: Context
 
@@ -47,41 +46,61 @@ class Note(NamedTuple):
         return f"{self.why} ({self.context})" if self.context.operator else self.why
 
 
+class Note(NamedTuple):
+    """Something learned about labels: that they are mixed, or contracted pairwise."""
+
+    labels: Dim
+    reason: Reason
+
+
 class Solution:
     """Which labels are one channel.
+
+    Args:
+        of: component of each label.
+        count: of components.
+        stuck: labels that must stay.
+        cause: number of the reason of each of them.
+        reasons: all of them, in the order in which they were learned.
 
     Attributes:
         of: component of each label.
         fixed: whether the component must stay.
     """
 
-    def __init__(self, of: NDArray[np.int32], count: int, stays: list[Note]) -> None:
-        self.of = of
+    def __init__(
+        self,
+        of: NDArray[np.int32],
+        count: int,
+        stuck: Dim,
+        cause: NDArray[np.int64],
+        reasons: list[tuple[str, Context]],
+    ) -> None:
+        self.of, self._reasons = of, reasons
         self.fixed = np.zeros(count, dtype=bool)
         self.fixed[of[0]] = True
-        self._cause = np.full(count, len(stays), dtype=np.int64)
-        self._stays = stays
-        for number, note in enumerate(stays):
-            np.minimum.at(self._cause, of[note.labels], number)
-        self.fixed[self._cause < len(stays)] = True
+        self.fixed[of[stuck]] = True
+        self._cause = np.full(count, len(reasons), dtype=np.int64)
+        np.minimum.at(self._cause, of[stuck], cause)
 
     def fix(self, labels: Dim, why: str, context: Context) -> None:
         """Let further components stay."""
         components = self.of[labels[labels > 0]]
         fresh = components[~self.fixed[components]]
-        self._cause[fresh] = len(self._stays)
-        self._stays.append(Note(labels, why, context))
+        self._cause[fresh] = len(self._reasons)
+        self._reasons.append((why, context))
         self.fixed[components] = True
 
     def live(self, labels: Dim) -> NDArray[np.bool_]:
         """Which of the labels may go."""
-        return np.asarray((labels > 0) & ~self.fixed[self.of[np.maximum(labels, 0)]])
+        return np.asarray(~self.fixed[self.of[np.maximum(labels, 0)]])
 
     def reason(self, labels: Dim) -> str:
         """Why the first of the labels that must stay has to."""
         stuck = labels[~self.live(labels)]
-        cause = self._cause[self.of[max(int(stuck[0]), 0)]] if len(stuck) else len(self._stays)
-        return str(self._stays[cause]) if cause < len(self._stays) else "it meets a dim that stays"
+        cause = self._cause[self.of[max(int(stuck[0]), 0)]] if len(stuck) else len(self._reasons)
+        known = cause < len(self._reasons)
+        return str(Reason(*self._reasons[cause])) if known else "it meets a dim that stays"
 
 
 class Labels:
@@ -98,9 +117,9 @@ class Labels:
         self.context = Context()
         self.mixed: list[Note] = []
         self.pairs: list[Note] = []
-        self._stays: list[Note] = []
         self._left: list[Dim] = []
         self._right: list[Dim] = []
+        self._reasons: list[tuple[str, Context]] = []  # one for each pair of dims in left and right
         self._still: dict[int, Dim] = {}
 
     def new(self, size: int) -> Dim:
@@ -121,44 +140,45 @@ class Labels:
         return self._still.get(len(labels)) is not labels and bool((labels > 0).any())
 
     def equate(self, left: Dim, right: Dim) -> None:
-        """Let corresponding labels, after broadcasting, be one channel."""
-        if left is right:
-            return
-        different = left != right
-        if not different.any():
-            return
-        if left.shape != right.shape:
-            left, right = np.broadcast_arrays(left, right)
-        left, right = left[different], right[different]
-        low, high = np.minimum(left, right), np.maximum(left, right)
-        free = low > 0
-        if not free.all():
-            self.fix(high[~free], "it meets a dim that must stay")
-            low, high = low[free], high[free]
-        if len(low):
-            self._left.append(low)
-            self._right.append(high)
+        """Let corresponding labels, after broadcasting, be one channel; nobody may write into them."""
+        if left is not right:
+            if left.shape != right.shape:
+                left, right = np.broadcast_arrays(left, right)
+            self._tie(left.reshape(-1), right.reshape(-1), "it meets a dim that must stay")
 
     def fix(self, labels: Dim, why: str) -> None:
         """Let labels stay, and remember why."""
-        if self.is_live(labels):
-            self._stays.append(Note(labels[labels > 0], why, self.context))
+        still = self.still(len(labels))
+        if labels is not still:
+            self._tie(labels, still, why)
+
+    def _tie(self, left: Dim, right: Dim, why: str) -> None:
+        self._left.append(left)
+        self._right.append(right)
+        self._reasons.append((why, self.context))
 
     def mix(self, labels: Dim, why: str) -> None:
         """Say that a statistic is computed over the labels."""
-        if self.is_live(labels):
-            self.mixed.append(Note(labels[labels > 0], why, self.context))
+        self._note(self.mixed, labels, why)
 
     def pair(self, labels: Dim) -> None:
         """Say that two activations are contracted over the labels."""
-        if self.is_live(labels):
-            self.pairs.append(Note(labels[labels > 0], "contracted", self.context))
+        self._note(self.pairs, labels, "contracted")
+
+    def _note(self, notes: list[Note], labels: Dim, why: str) -> None:
+        if self._still.get(len(labels)) is not labels:
+            notes.append(Note(labels, Reason(why, self.context)))
 
     def solve(self) -> Solution:
         """One connected-components call over all equalities."""
         empty = [np.zeros(0, dtype=np.int64)]
         left, right = (np.concatenate(side or empty) for side in (self._left, self._right))
-        ones = np.ones(len(left), dtype=bool)
-        graph = coo_matrix((ones, (left, right)), shape=(self.count, self.count))
+        low, high = np.minimum(left, right), np.maximum(left, right)
+        joins = np.flatnonzero((low > 0) & (low != high))
+        stays = np.flatnonzero((low <= 0) & (high > 0))
+        ones = np.ones(len(joins), dtype=bool)
+        graph = coo_matrix((ones, (low[joins], high[joins])), shape=(self.count, self.count))
         count, of = connected_components(graph, directed=False)
-        return Solution(of, count, list(self._stays))
+        ends = np.cumsum([len(labels) for labels in self._left])
+        cause = np.searchsorted(ends, stays, side="right")
+        return Solution(of, count, high[stays], cause, list(self._reasons))

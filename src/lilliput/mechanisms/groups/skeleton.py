@@ -10,7 +10,8 @@ The surprising rule: integers that the modules hold are replaced by integers tha
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,10 +23,14 @@ from ..encodings import Encoding
 from .widths import Ledger, Width
 
 #: The numbers of these modules of torch play no part in their code, or surgery corrects them.
-_PLAIN = tuple(
+_PLAIN = frozenset(
     f"torch.nn.modules.{file}"
     for file in ("activation", "batchnorm", "container", "conv", "dropout", "linear", "pooling")
 )
+
+#: What a module mostly holds besides tensors, most of it empty.
+_CONTAINERS = frozenset({dict, OrderedDict, list, set})
+_CONSTANTS = frozenset({bool, int, float, str, tuple, type(None)})
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -39,8 +44,15 @@ def skeleton(model: nn.Module) -> nn.Module:
             "the model is a TorchScript module, whose code cannot be followed. Give the model from "
             "which it was scripted."
         )
-    memo: dict[int, Any] = {id(t): _meta(t) for t in (*model.parameters(), *model.buffers())}
-    memo |= {id(m): _twin(m, memo) for m in model.modules() if _is_simple(m)}
+    modules = list(model.modules())
+    held = [own for m in modules for own in (m._parameters, m._buffers) if own]
+    memo: dict[int, Any] = {id(t): _meta(t) for own in held for t in own.values() if t is not None}
+    for module in modules:
+        twin = _twin(module, memo) if type(module).__module__ in _PLAIN else None
+        if twin is not None:
+            memo[id(module)] = twin
+        else:
+            memo |= {id(value): type(value)() for value in _empty(module)}
     try:
         bare = copy.deepcopy(model, memo)
     except Exception as error:
@@ -48,25 +60,28 @@ def skeleton(model: nn.Module) -> nn.Module:
             f"the model ({type(model).__name__}) cannot be copied by copy.deepcopy, which finding its "
             f"channels needs: {error}"
         ) from error
-    for module in list(bare.modules()):
-        if parametrize.is_parametrized(module):
-            _take_off(module)
-    return bare.eval()
+    if any("parametrizations" in module._modules for module in modules):
+        for module in list(bare.modules()):
+            if parametrize.is_parametrized(module):
+                _take_off(module)
+    return bare.eval() if any(module.training for module in modules) else bare
 
 
-def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, in the order of the modules; of tied ones the first."""
+def tensors(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of named modules, in their order; of tied ones the first."""
     seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield f"{prefix}.{name}".lstrip("."), tensor
+    for prefix, module in modules:
+        start = f"{prefix}." if prefix else ""
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield start + name, tensor
 
 
-def number_attributes(bare: nn.Module, ledger: Ledger) -> None:
+def number_attributes(modules: Iterable[tuple[str, nn.Module]], ledger: Ledger) -> None:
     """Let the integers that modules hold remember their place."""
-    for name, module in bare.named_modules():
+    for name, module in modules:
         if type(module).__module__ in _PLAIN:
             continue
         for key, value in list(vars(module).items()):
@@ -85,22 +100,28 @@ def _numbered(value: Any, path: str, ledger: Ledger) -> Any:
     return value
 
 
-def _is_simple(module: nn.Module) -> bool:
-    """Whether a module holds nothing but tensors and constants, as most of torch's own do."""
-    return type(module).__module__ in _PLAIN and not any(
-        isinstance(value, dict | list | set | nn.Module) and value
-        for key, value in vars(module).items()
-        if key not in ("_parameters", "_buffers")
-    )
+def _twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module | None:
+    """A copy of a module that holds nothing but tensors and constants, as most of torch's own do.
 
-
-def _twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy of a simple module; ``copy.deepcopy`` would take longer than the rest of the trace."""
+    ``copy.deepcopy`` would take longer than the rest of the trace. None for any other module.
+    """
     twin = type(module).__new__(type(module))
-    vars(twin).update((k, v.copy() if isinstance(v, dict) else v) for k, v in vars(module).items())
-    for held in (twin._parameters, twin._buffers):
-        held.update((name, memo.get(id(tensor), tensor)) for name, tensor in held.items())
+    own = vars(twin)
+    for key, value in vars(module).items():
+        if type(value) in _CONSTANTS:
+            own[key] = value
+        elif key in ("_parameters", "_buffers"):
+            own[key] = {name: memo.get(id(tensor), tensor) for name, tensor in value.items()}
+        elif type(value) in _CONTAINERS and not value:
+            own[key] = type(value)()
+        else:
+            return None
     return twin
+
+
+def _empty(module: nn.Module) -> list[Any]:
+    """The empty containers of a module, a dozen mostly, over which ``copy.deepcopy`` takes long."""
+    return [value for value in vars(module).values() if type(value) in _CONTAINERS and not value]
 
 
 def _meta(tensor: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...errors import InputError
 from .classes import Role
-from .labels import Context, Dim, Dims, Labels
+from .labels import Context, Dim, Dims, Labels, Solution
 from .widths import Kept, Width, after, leaves
 
 #: How the channels of attention are counted: inside the heads, or the heads themselves.
@@ -85,6 +86,7 @@ class Trace:
         outer: numbers of the splits whose outer axis does, found by an earlier trace.
         labels: the store.
         entries: parameters and buffers in the order of the model.
+        places: all their dims, in the order of their labels.
         sightings: activations at leaf modules in the order of the forward pass.
         checks: relations between numbers of the code and dims.
         splits: how many dims have been split so far.
@@ -96,6 +98,7 @@ class Trace:
     outer: frozenset[int] = frozenset()
     labels: Labels = field(default_factory=Labels)
     entries: list[Entry] = field(default_factory=list)
+    places: list[tuple[Entry, int]] = field(default_factory=list)
     sightings: list[Sighting] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     attributes: dict[str, Dim] = field(default_factory=dict)
@@ -105,13 +108,13 @@ class Trace:
     unknown: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._dims: dict[int, Dims] = {}
-        self._alive: list[Tensor] = []  # an id must not be given out twice
-        self._static: set[int] = set()
+        # By the tensors' ids; the tensors are kept, for an id must not be given out twice.
+        self._known: dict[int, tuple[Tensor, Dims, bool]] = {}
+        self._names: dict[int, str] = {}
         self._unmet: set[int] = set()
         self._watched = True
         self._modules: list[tuple[str, nn.Module]] = []
-        self._owner: list[int] = []
+        self._marks: dict[Role, list[Dim]] = {}
         self._calls: dict[str, int] = {}
 
     # Tensors
@@ -120,45 +123,48 @@ class Trace:
         """Give labels to the model's tensors; must come before anything else."""
         for name, tensor in named:
             dims = [self.labels.new(size) for size in tensor.shape]
-            self._owner += [len(self.entries)] * sum(tensor.shape)
-            self.entries.append(Entry(name, dims, ["along"] * len(dims)))
+            entry = Entry(name, dims, ["along"] * len(dims))
+            self.entries.append(entry)
+            self.places += [(entry, k) for k in range(len(dims))]
             self.put(tensor, dims, static=True)
-            self._unmet.add(id(tensor))
+            self._names[id(tensor)] = name
+            if isinstance(tensor, nn.Parameter):
+                self._unmet.add(id(tensor))
 
     def put(self, tensor: Tensor, dims: Dims, static: bool = False) -> None:
         """Remember the labels of a tensor; ``static`` ones are computed from parameters alone."""
-        self._dims[id(tensor)] = dims
-        self._alive.append(tensor)
-        if static:
-            self._static.add(id(tensor))
+        self._known[id(tensor)] = tensor, dims, static
 
     def dims(self, tensor: Tensor) -> Dims:
         """The labels of a tensor; one that was not met before stays as it is."""
         self._unmet.discard(id(tensor))
-        known = self._dims.get(id(tensor))
-        if known is None:
-            if tensor.is_meta:
-                raise InputError(
-                    f"in {self.module or type(tensor).__name__!r} a tensor of shape "
-                    f"{tuple(tensor.shape)} appears that passed by torch's dispatcher, so it is not "
-                    "known which channels it carries. Take that part (a transform such as vmap, or "
-                    "a tensor kept from an earlier call) out of the model."
-                )
-            known = [self.labels.still(size) for size in tensor.shape]
-            self.put(tensor, known, static=True)
-        return known
+        known = self._known.get(id(tensor))
+        return self._meet(tensor) if known is None else known[1]
 
-    def knows(self, tensor: Tensor) -> bool:
-        """Whether the tensor was met before."""
-        return id(tensor) in self._dims
+    def _meet(self, tensor: Tensor) -> Dims:
+        if tensor.is_meta:
+            raise InputError(
+                f"in {self.module or type(tensor).__name__!r} a tensor of shape "
+                f"{tuple(tensor.shape)} appears that passed by torch's dispatcher, so it is not "
+                "known which channels it carries. Take that part (a transform such as vmap, or "
+                "a tensor kept from an earlier call) out of the model."
+            )
+        dims = [self.labels.still(size) for size in tensor.shape]
+        self.put(tensor, dims, static=True)
+        return dims
 
-    def is_unmet(self, tensor: Tensor) -> bool:
-        """Whether a declared tensor has taken part in nothing so far."""
-        return id(tensor) in self._unmet
+    def name_of(self, tensor: Tensor) -> str:
+        """The name of a parameter or buffer of the model; empty for any other tensor."""
+        return self._names.get(id(tensor), "")
+
+    def has_unmet(self) -> bool:
+        """Whether a parameter has taken part in nothing so far."""
+        return bool(self._unmet)
 
     def is_static(self, tensor: Tensor) -> bool:
         """Whether the tensor is computed from parameters and constants alone."""
-        return not self.knows(tensor) or id(tensor) in self._static
+        known = self._known.get(id(tensor))
+        return known is None or known[2]
 
     def fresh(self, shape: Sequence[int], why: str = "") -> Dims:
         """Labels that no other tensor has; with a reason, labels that must stay."""
@@ -170,16 +176,20 @@ class Trace:
 
     def mark(self, labels: Dim, role: Role) -> None:
         """Note what the parameters to which the labels belong do with their channels."""
-        own = labels[(labels > 0) & (labels <= len(self._owner))]
-        if not len(own):
-            return
-        first, last = self._owner[own[0] - 1], self._owner[own[-1] - 1]
-        numbers = {first, last} if first == last else {self._owner[k - 1] for k in own}
-        for number in numbers:
-            entry = self.entries[number]
-            for dim, mine in enumerate(entry.dims):
-                if len(mine) and ((own >= mine[0]) & (own <= mine[-1])).any():
-                    entry.roles[dim] = max(entry.roles[dim], role, key=_RANK.__getitem__)
+        self._marks.setdefault(role, []).append(labels)
+
+    def assign_roles(self) -> None:
+        """Tell the parameters, at the end, what their dims do; of two roles the higher one wins."""
+        sizes = [len(entry.dims[k]) for entry, k in self.places]
+        owner = np.repeat(np.arange(len(sizes)), sizes)
+        for role in sorted(self._marks, key=_RANK.__getitem__):
+            labels = np.concatenate(self._marks[role])
+            own = labels[(labels > 0) & (labels <= len(owner))]  # parameters were declared first
+            marked = np.zeros(len(sizes), dtype=bool)
+            marked[owner[own - 1]] = True
+            for number in np.flatnonzero(marked):
+                entry, k = self.places[number]
+                entry.roles[k] = role
 
     # Modules
 
@@ -299,13 +309,6 @@ class Trace:
         return None
 
 
-def leaf_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules without children; encodings of a weight do not count as children."""
-    for name, module in model.named_modules():
-        if all(child == "parametrizations" for child, _ in module.named_children()):
-            yield name, module
-
-
-def kept_by(keeps: np.ndarray) -> Kept:
-    """Counts of kept labels, given a flag for each label."""
-    return lambda labels: int(keeps[np.maximum(labels, 0)].sum())
+def kept_by(keeps: NDArray[np.bool_], solution: Solution) -> Kept:
+    """Counts of kept labels, given a flag for each component."""
+    return lambda labels: int(keeps[solution.of[np.maximum(labels, 0)]].sum())

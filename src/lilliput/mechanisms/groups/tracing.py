@@ -11,7 +11,9 @@ batch of one cannot be told from a dim that is broadcast.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from .quick import shape_only
 from .rules import call_function, follow
 from .rules.base import tensors_in
 from .skeleton import number_attributes, skeleton, tensors
-from .trace import Heads, Trace, leaf_modules
+from .trace import Heads, Trace
 
 _DATA_DEPENDENT = (
     "item() cannot be called on meta tensors",
@@ -69,26 +71,27 @@ def trace(
 
 def _trace(model: nn.Module, inputs: Any, record: Trace) -> Trace:
     bare = skeleton(model)
-    number_attributes(bare, record)
-    record.declare(tensors(bare))
+    modules = list(bare.named_modules())
+    number_attributes(modules, record)
+    record.declare(tensors(modules))
     given = pytree.tree_map_only(Tensor, lambda t: t.detach().to("meta"), inputs)
     for tensor in tensors_in(pytree.tree_leaves(given)):
         # The batch has no labels: merged with attention heads, it would hide them.
         batch = [record.labels.still(size) for size in tensor.shape[:1]]
         record.put(tensor, batch + record.fresh(tensor.shape[1:], "it is the network's input"))
-    values = dict(tensors(model))
-    known = {id(t): values[name] for name, t in tensors(bare) if name in values}
-    _hook(bare, record)
+    for name, module in modules:
+        _hook(name, module, record)
     with torch.random.fork_rng(devices=[]):
-        _pass(bare, given, record, known)
-        if any(record.is_unmet(parameter) for parameter in bare.parameters()):
-            _training_pass(bare, given, record, known)
+        _pass(model, bare, given, record)
+        if record.has_unmet():
+            _training_pass(model, bare, given, record)
     record.mix_numbers()
+    record.assign_roles()
     return record
 
 
-def _pass(bare: nn.Module, inputs: Any, record: Trace, known: dict[int, Tensor]) -> None:
-    with torch.no_grad(), _Operators(record, known), _Functions(record):
+def _pass(model: nn.Module, bare: nn.Module, inputs: Any, record: Trace) -> None:
+    with torch.no_grad(), _uncompiled(), _Operators(record, model), _Functions(record):
         output = _run(bare, inputs, record)
     record.labels.context = Context()
     for tensor in _outputs(output):
@@ -96,20 +99,33 @@ def _pass(bare: nn.Module, inputs: Any, record: Trace, known: dict[int, Tensor])
             record.labels.fix(labels, "it is the network's output")
 
 
-def _training_pass(bare: nn.Module, inputs: Any, record: Trace, known: dict[int, Tensor]) -> None:
+def _uncompiled() -> AbstractContextManager[object]:
+    """Compiled parts of a model run as the Python code that they were compiled from."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
+        return contextlib.nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _training_pass(model: nn.Module, bare: nn.Module, inputs: Any, record: Trace) -> None:
     """Follow layers that only take part in training, such as auxiliary classifiers."""
     record.begin_unwatched()
     bare.train()
     with contextlib.suppress(ModelMismatch, InputError):  # it may want targets as well
-        _pass(bare, inputs, record, known)
+        _pass(model, bare, inputs, record)
 
 
 class _Operators(TorchDispatchMode):
     """Runs every operator and gives labels to what it returns."""
 
-    def __init__(self, record: Trace, known: dict[int, Tensor]) -> None:
+    def __init__(self, record: Trace, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.record, self.known = record, known
+        self.record, self.model = record, model
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would turn its compiler off and on around every operator; :func:`_uncompiled` does once."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -120,9 +136,9 @@ class _Operators(TorchDispatchMode):
         return out
 
     def _execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and id(args[0]) in self.known:
-            return func(self.known[id(args[0])])  # a number that the model holds as a buffer
-        known = shape_only(func, args, kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return func(self._held(args[0]))
+        known = shape_only(func, args)
         if known is not NotImplemented:
             return known
         try:
@@ -132,6 +148,12 @@ class _Operators(TorchDispatchMode):
             if moved is None:
                 raise
             return func(*moved[0], **moved[1])
+
+    def _held(self, tensor: Tensor) -> Tensor:
+        """The number itself where the model holds it, in a buffer for example."""
+        name = self.record.name_of(tensor)
+        held = dict(tensors(self.model.named_modules())) if name else {}
+        return held.get(name, tensor)
 
 
 def _on_meta(record: Trace, values: Any) -> Any:
@@ -163,28 +185,29 @@ class _Functions(TorchFunctionMode):
         return call_function(self.record, func, args, kwargs or {})
 
 
-def _hook(bare: nn.Module, record: Trace) -> None:
-    """Let the trace know which module is at work, and what leaf modules see."""
-    leaves = {id(module) for _, module in leaf_modules(bare)}
+def _hook(name: str, module: nn.Module, record: Trace) -> None:
+    """Let the trace know that the module is at work, and what it sees if it is a leaf."""
+    leaf = _is_leaf(module)
 
-    for name, module in bare.named_modules():
-        leaf = id(module) in leaves
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        record.enter(name, module)
+        if leaf:
+            record.count_call(name)
+            record.see("input", tensors_in((*args, *kwargs.values())))
 
-        def before(
-            module: nn.Module, args: Any, kwargs: Any, name: str = name, leaf: bool = leaf
-        ) -> None:
-            record.enter(name, module)
-            if leaf:
-                record.count_call(name)
-                record.see("input", tensors_in((*args, *kwargs.values())))
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if leaf:
+            record.see("output", _tensors(output))
+        record.leave()
 
-        def after(module: nn.Module, args: Any, output: Any, leaf: bool = leaf) -> None:
-            if leaf:
-                record.see("output", _tensors(output))
-            record.leave()
+    module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+    module.register_forward_hook(after)
 
-        module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-        module.register_forward_hook(after)
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a module has no children; encodings of a weight do not count as children."""
+    children = (name for name, child in module._modules.items() if child is not None)
+    return all(name == "parametrizations" for name in children)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ...core.task import evaluation
 from ...errors import ModelMismatch, SurgeryFailed
+from .tensors import module_at
 
 Values = dict[str, Any]
 
@@ -25,15 +26,20 @@ def set_sizes(model: nn.Module, layers: Iterable[str]) -> None:
         SurgeryFailed: the tensors of one layer contradict each other.
     """
     for name in dict.fromkeys(layers):
-        module = model.get_submodule(name)
+        module = module_at(model, name)
+        assert module is not None  # its tensors have been cut
         sizes = next((rule for kinds, rule in _SIZES if isinstance(module, kinds)), None)
         if sizes is not None:
-            with evaluation(module), torch.no_grad():  # a parametrized weight is computed here
-                values = sizes(name, module)
-            for attribute, value in values.items():
-                setattr(module, attribute, value)
+            vars(module).update(_values(sizes, name, module))
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # on a GPU, cuDNN wants them in one piece again
+
+
+def _values(sizes: Callable[[str, Any], Values], name: str, module: nn.Module) -> Values:
+    if "parametrizations" not in module._modules:
+        return sizes(name, module)
+    with evaluation(module), torch.no_grad():  # a weight is computed here
+        return sizes(name, module)
 
 
 def set_attributes(model: nn.Module, attributes: Mapping[str, int]) -> None:

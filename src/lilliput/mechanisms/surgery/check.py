@@ -10,67 +10,175 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from ...core.select import Weight, example_device
 from ...core.task import call
 from ...errors import LilliputError, ModelMismatch, SurgeryFailed
 from ..encodings import strip
-from .tensors import owner
-from .transaction import rehearsal, surely
+from .plan import Plan, perform
+from .planning import planned
+from .tensors import find, value_of
+from .transaction import Snapshot, precision_switches, rehearsal, tensors_of
 
 if TYPE_CHECKING:
     from ..groups.classes import Groups, Removal
 
-    _Remove = Callable[[nn.Module, Groups, Removal], None]
+#: Tensor, dim and indices.
+_Place: TypeAlias = tuple[str, int, np.ndarray]
 
 #: Of a call of a module without children: its name, and the tensors that it answered.
 _Call = tuple[str, list[Tensor]]
 
 
-def self_check(
-    model: nn.Module,
-    groups: Groups,
-    removal: Removal,
-    inputs: Any,
-    tolerance: float,
-    remove: _Remove,
-) -> float | None:
-    """Rehearse a removal: compare what can be compared, and run all of it.
+@dataclass(frozen=True)
+class SelfCheck:
+    """A cut that is compared with the whole network.
 
     Groups over which an operator takes a statistic are left out of the comparison, for silenced
     channels still count there. Two forward passes, three where only a part can be compared.
 
-    Returns:
-        The largest difference relative to the largest output; None where nothing can be compared.
-
-    Raises:
-        ModelMismatch: the model cannot run on the inputs as it is.
-        SurgeryFailed: without the channels it fails, or answers something else; the message names
-            the first layer that does.
+    Attributes:
+        model: as it is before the cut.
+        groups: of this model.
+        inputs: an example.
+        tolerance: relative error that is allowed.
+        before: the way back to the whole network, to explain what went wrong.
     """
-    comparable = {n: gone for n, gone in removal.items() if not groups.groups[n].mixed_by}
-    reference = _reference(model, groups, comparable, inputs)
-    error = None
-    if comparable:
-        error = _compare(model, groups, comparable, inputs, tolerance, remove, reference)
-    if len(comparable) < len(removal):
-        _compare(model, groups, removal, inputs, math.inf, remove, reference)
-    return error
+
+    model: nn.Module
+    groups: Groups
+    inputs: Any
+    tolerance: float
+    before: Snapshot
+
+    def perform(
+        self, removal: Removal, plan: Plan, optimizer: torch.optim.Optimizer | None
+    ) -> float | None:
+        """Remove channels.
+
+        Args:
+            removal: what goes.
+            plan: the same in terms of tensors.
+            optimizer: what trains the model.
+
+        Returns:
+            The largest difference relative to the largest output; None where nothing can be compared.
+
+        Raises:
+            ModelMismatch: the model cannot run on the inputs as it is.
+            SurgeryFailed: without the channels it fails, or answers something else; the message names
+                the first layer that does.
+        """
+        groups = self.groups.groups
+        comparable = {n: gone for n, gone in removal.items() if not groups[n].mixed_by}
+        reference = self._reference(comparable)
+        partly, error = len(comparable) < len(removal), None
+        if partly and comparable:
+            with rehearsal(self.model):
+                perform(self.model, planned(self.model, self.groups, comparable), None)
+                error, problem = self._error(reference)
+            self._judge(comparable, error, problem, self.tolerance)
+        perform(self.model, plan, optimizer)
+        whole, problem = self._error(reference)
+        self._judge(removal, whole, problem, math.inf if partly else self.tolerance)
+        return error if partly else whole
+
+    def _reference(self, silenced: Removal) -> list[Tensor]:
+        """What the whole network answers when nothing reads some channels."""
+        try:
+            return answers(self.model, self.inputs, self._used_places(silenced))
+        except LilliputError:
+            raise
+        except Exception as error:
+            _, where, _ = self._watched(silenced)
+            if not where:  # not the model failed
+                raise
+            raise ModelMismatch(
+                f"the model cannot run on the example inputs: {_first_line(error)}, in {where}. Give "
+                "inputs as its forward takes them, or leave them out to cut without the self-check."
+            ) from error
+
+    def _error(self, reference: list[Tensor]) -> tuple[float, Exception | None]:
+        """How far off the network's answers are, or what keeps it from answering."""
+        try:
+            return relative_error(answers(self.model, self.inputs), reference), None
+        except Exception as problem:
+            return math.nan, problem
+
+    def _judge(
+        self, removal: Removal, error: float, problem: Exception | None, tolerance: float
+    ) -> None:
+        if problem is not None or not error <= tolerance:
+            self.before.restore()
+            raise self._explained(removal, tolerance) from problem
+
+    def _explained(self, removal: Removal, tolerance: float) -> SurgeryFailed:
+        """The error of a network that runs differently without channels; both run again, watched."""
+        before, _, _ = self._watched(removal)
+        with rehearsal(self.model):
+            perform(self.model, planned(self.model, self.groups, removal), None)
+            after, failing, reason = self._watched({})
+        name, how = failing, reason
+        if not failing:
+            there = self._removed_at_sites(removal)
+            name, how = _first_deviation(before, after, there, tolerance) or (
+                type(self.model).__name__,
+                "its layers agree, its output does not",
+            )
+        return SurgeryFailed(
+            f"without the removed channels the network would not do the same; first in {name}: {how}. "
+            f"The model is as it was. Leave {name} and the layers that it reads out of the removal, or "
+            "skip the self-check (tolerance=None) if this is meant."
+        )
+
+    def _used_places(self, removal: Removal) -> list[_Place]:
+        """Where the removed channels enter a product."""
+        return [
+            (member.tensor, member.dim, member.index[gone].reshape(-1))
+            for number, gone in removal.items()
+            for group in [self.groups.groups[number]]
+            for member in group.members
+            if member.role == "uses" or group.pairwise
+        ]
+
+    def _removed_at_sites(
+        self, removal: Removal
+    ) -> dict[tuple[str, int, int], list[tuple[int, np.ndarray]]]:
+        """Module, call and position of an answer -> its dims with the indices that were removed."""
+        found: dict[tuple[str, int, int], list[tuple[int, np.ndarray]]] = {}
+        for number, gone in removal.items():
+            for site in self.groups.groups[number].sites:
+                if site.side == "output":
+                    place = found.setdefault((site.module, site.call, site.position), [])
+                    place.append((site.dim, site.index[gone].reshape(-1)))
+        return found
+
+    def _watched(self, silenced: Removal) -> tuple[list[_Call], str, str]:
+        """The answers of all layers; where the run fails, the innermost layer and the reason."""
+        calls: list[_Call] = []
+        running: list[str] = []
+        with _rehearsed(self.model, self._used_places(silenced)):
+            for name, module in self.model.named_modules():
+                _watch(name or type(self.model).__name__, module, calls, running)
+            try:
+                call(self.model, _widened(self.inputs))
+            except Exception as error:
+                where = running[-1] if running else type(self.model).__name__
+                return calls, where, _first_line(error)
+        return calls, "", ""
 
 
-def answers(model: nn.Module, inputs: Any) -> list[Tensor]:
+def answers(model: nn.Module, inputs: Any, silenced: Sequence[_Place] = ()) -> list[Tensor]:
     """What a model answers in eval mode and full precision; it stays as it is."""
-    from ..groups.classes import Groups
-
-    with _rehearsed(model, Groups(()), {}):
+    with _rehearsed(model, silenced):
         return _tensors(call(model, _widened(inputs)))
 
 
@@ -81,135 +189,33 @@ def relative_error(answer: list[Tensor], reference: list[Tensor]) -> float:
     return max((_difference(a, r) for a, r in zip(answer, reference, strict=True)), default=0.0)
 
 
-def _reference(model: nn.Module, groups: Groups, silenced: Removal, inputs: Any) -> list[Tensor]:
-    try:
-        with _rehearsed(model, groups, silenced):
-            return _tensors(call(model, _widened(inputs)))
-    except LilliputError:
-        raise
-    except Exception as error:
-        _, where, _ = _watched(model, groups, silenced, inputs)
-        if not where:  # not the model failed
-            raise
-        raise ModelMismatch(
-            f"the model cannot run on the example inputs: {_first_line(error)}, in {where}. Give inputs "
-            "as its forward takes them, or leave them out to cut without the self-check."
-        ) from error
-
-
-def _compare(
-    model: nn.Module,
-    groups: Groups,
-    removal: Removal,
-    inputs: Any,
-    tolerance: float,
-    remove: _Remove,
-    reference: list[Tensor],
-) -> float:
-    """The error without the channels; raise SurgeryFailed above the tolerance."""
-    error, problem = math.nan, None
-    with rehearsal(model):
-        remove(model, groups, removal)
-        try:
-            with _rehearsed(model, groups, {}):
-                error = relative_error(_tensors(call(model, _widened(inputs))), reference)
-        except Exception as failure:
-            problem = failure
-    if problem is not None or not error <= tolerance:
-        raise _explained(model, groups, removal, inputs, tolerance, remove) from problem
-    return error
-
-
-def _explained(
-    model: nn.Module,
-    groups: Groups,
-    removal: Removal,
-    inputs: Any,
-    tolerance: float,
-    remove: _Remove,
-) -> SurgeryFailed:
-    """The error of a network that runs differently without channels; both run again, watched."""
-    before, _, _ = _watched(model, groups, removal, inputs)
-    with rehearsal(model):
-        remove(model, groups, removal)
-        after, failing, reason = _watched(model, groups, {}, inputs)
-    name, how = failing, reason
-    if not failing:
-        there = _removed_at_sites(groups, removal)
-        name, how = _first_deviation(before, after, there, tolerance) or (
-            type(model).__name__,
-            "its layers agree, its output does not",
-        )
-    return SurgeryFailed(
-        f"without the removed channels the network would not do the same; first in {name}: {how}. The "
-        f"model is as it was. Leave {name} and the layers that it reads out of the removal, or skip the "
-        "self-check (tolerance=None) if this is meant."
-    )
-
-
 @contextlib.contextmanager
-def _rehearsed(model: nn.Module, groups: Groups, silenced: Removal) -> Iterator[None]:
+def _rehearsed(model: nn.Module, silenced: Sequence[_Place]) -> Iterator[None]:
     """The model in eval mode, in memory of its own and in full precision, until the block ends."""
     with (
         rehearsal(model),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(example_device(model).type, enabled=False),
-        _true_float32(),
     ):
-        model.eval()
-        places = _used_places(groups, silenced)
-        for name, _, _ in places:
+        for library, name, value in precision_switches():  # the rehearsal puts them back
+            setattr(library, name, value)
+        modules = list(model.modules())
+        if any(module.training for module in modules):
+            model.eval()
+        for name, _, _ in silenced:
             _make_plain(model, name)
-        for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+        for tensor in tensors_of(modules):
             tensor.data = _wide(tensor.detach()).clone()
-        for name, dim, index in places:
-            tensor = getattr(*owner(model, name))
+        for name, dim, index in silenced:
+            tensor = value_of(*find(model, name)[:2])
             tensor.index_fill_(dim, torch.from_numpy(index).to(tensor.device), 0)
         yield
 
 
-@contextlib.contextmanager
-def _true_float32() -> Iterator[None]:
-    """Let float32 be multiplied as float32: the shorter formats inside round by a thousandth."""
-    switches = _switches(torch.backends)
-    before = [getattr(library, name) for library, name, _ in switches]
-    try:
-        for library, name, value in switches:
-            setattr(library, name, value)
-        yield
-    finally:
-        surely(lambda: _set(switches, before))
-
-
-def _set(switches: list[tuple[Any, str, Any]], values: list[Any]) -> None:
-    for (library, name, _), value in zip(switches, values, strict=True):
-        setattr(library, name, value)
-
-
-def _switches(backends: Any) -> list[tuple[Any, str, Any]]:
-    """Library, attribute and value of each switch of torch for short formats."""
-    matmul, cudnn, mkldnn = backends.cuda.matmul, backends.cudnn, backends.mkldnn
-    if not hasattr(matmul, "fp32_precision"):  # before torch 2.9
-        return [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
-    libraries = (matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
-    return [(library, "fp32_precision", "ieee") for library in libraries]
-
-
-def _used_places(groups: Groups, removal: Removal) -> list[tuple[str, int, np.ndarray]]:
-    """Tensor, dim and indices where the removed channels enter a product."""
-    return [
-        (member.tensor, member.dim, member.index[gone].reshape(-1))
-        for number, gone in removal.items()
-        for group in [groups.groups[number]]
-        for member in group.members
-        if member.role == "uses" or group.pairwise
-    ]
-
-
 def _make_plain(model: nn.Module, name: str) -> None:
-    module, leaf = owner(model, name)
-    if parametrize.is_parametrized(module, leaf):
+    module, leaf, tensor = find(model, name)
+    if tensor is None:
         strip(Weight(name, module, leaf))
 
 
@@ -237,22 +243,6 @@ def _difference(answer: Tensor, reference: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def _watched(
-    model: nn.Module, groups: Groups, silenced: Removal, inputs: Any
-) -> tuple[list[_Call], str, str]:
-    """The answers of all layers; where the run fails, the innermost layer and the reason."""
-    calls: list[_Call] = []
-    running: list[str] = []
-    with _rehearsed(model, groups, silenced):
-        for name, module in model.named_modules():
-            _watch(name or type(model).__name__, module, calls, running)
-        try:
-            call(model, _widened(inputs))
-        except Exception as error:
-            return calls, running[-1] if running else type(model).__name__, _first_line(error)
-    return calls, "", ""
-
-
 def _watch(name: str, module: nn.Module, calls: list[_Call], running: list[str]) -> None:
     def enter(module: nn.Module, inputs: Any) -> None:
         running.append(name)
@@ -264,19 +254,6 @@ def _watch(name: str, module: nn.Module, calls: list[_Call], running: list[str])
 
     module.register_forward_pre_hook(enter)
     module.register_forward_hook(leave)
-
-
-def _removed_at_sites(
-    groups: Groups, removal: Removal
-) -> dict[tuple[str, int, int], list[tuple[int, np.ndarray]]]:
-    """Module, call and position of an answer -> its dims with the indices that were removed."""
-    found: dict[tuple[str, int, int], list[tuple[int, np.ndarray]]] = {}
-    for number, gone in removal.items():
-        for site in groups.groups[number].sites:
-            if site.side == "output":
-                place = found.setdefault((site.module, site.call, site.position), [])
-                place.append((site.dim, site.index[gone].reshape(-1)))
-    return found
 
 
 def _first_deviation(

@@ -13,11 +13,11 @@ from torch import nn
 
 from ...core.collector import paused_collector
 from ...core.types import Change
-from ...errors import InputError, LilliputError, ModelMismatch, SurgeryFailed
-from .check import self_check
+from ...errors import InputError, LilliputError, SurgeryFailed
+from .check import SelfCheck
 from .plan import Plan, perform, plan_of, remember
+from .planning import planned
 from .refusals import refuse
-from .tensors import shape_of
 from .transaction import transaction
 
 if TYPE_CHECKING:
@@ -83,25 +83,26 @@ def cut(
         (torch.Size([4, 4]), True, 4)
     """
     refuse(model, optimizer)
-    removal = _checked(model, groups, removal)
+    removal = _checked(groups, removal)
+    plan = planned(model, groups, removal)
     if not removal:
-        return Cut(Plan({}), [], None, ())
-    plan = _planned(model, groups, removal)
-    with transaction(model, optimizer), torch.inference_mode(False), _told(groups, removal):
-        changes = _changes(groups, removal, plan)
-        error = None
-        if inputs is not None and tolerance is not None:
-            error = self_check(model, groups, removal, inputs, tolerance, _remove)
-        perform(model, plan, optimizer)
+        return Cut(plan, [], None, ())
+    with (
+        transaction(model, optimizer) as before,
+        torch.inference_mode(False),
+        _told(groups, removal),
+    ):
+        changes, error = _changes(groups, removal, plan), None
+        if inputs is None or tolerance is None:
+            perform(model, plan, optimizer)
+        else:
+            check = SelfCheck(model, groups, inputs, tolerance, before)
+            error = check.perform(removal, plan, optimizer)
         done = plan_of(model)
         remember(model, plan if done is None else done.then(plan))
         if edit is not None:
             edit(model)
         return Cut(plan, changes, error, _unchecked(groups, removal))
-
-
-def _remove(model: nn.Module, groups: Groups, removal: Removal) -> None:
-    perform(model, _planned(model, groups, removal), None)
 
 
 @contextmanager
@@ -119,9 +120,8 @@ def _told(groups: Groups, removal: Removal) -> Iterator[None]:
         ) from error
 
 
-def _checked(model: nn.Module, groups: Groups, removal: Removal) -> dict[int, np.ndarray]:
+def _checked(groups: Groups, removal: Removal) -> dict[int, np.ndarray]:
     """The removal without what is empty, after a look at all of it."""
-    _refuse_foreign(model, groups)
     return {
         number: index
         for number, gone in removal.items()
@@ -139,56 +139,13 @@ def _checked_group(groups: Groups, number: int, gone: np.ndarray) -> np.ndarray:
     if gone.ndim != 1 or (gone.size and gone.dtype.kind not in "iu"):
         raise InputError(f"the removal of {known}, is {gone!r:.60}: give their numbers.")
     gone = gone.astype(np.int64)
-    if gone.size and (gone[0] < 0 or gone[-1] >= group.channels or (np.diff(gone) <= 0).any()):
+    if gone.size and (gone[0] < 0 or gone[-1] >= group.channels or (gone[1:] <= gone[:-1]).any()):
         raise InputError(
             f"the removal of {known}, is {gone!r:.60}: give ascending numbers, each once."
         )
     if len(gone) == group.channels:
         raise InputError(f"all of {known}, would go: the network would be empty there. Keep one.")
     return gone
-
-
-def _refuse_foreign(model: nn.Module, groups: Groups) -> None:
-    """Raise ModelMismatch for groups of another network, or of this one before an earlier cut."""
-    ends: dict[tuple[str, int], int] = {}
-    for group in groups.groups:
-        for member in group.members:
-            place = member.tensor, member.dim
-            ends[place] = max(ends.get(place, 0), int(member.index.max()))
-    for (name, dim), end in ends.items():
-        shape = shape_of(model, name)
-        if dim >= len(shape) or end >= shape[dim]:
-            raise ModelMismatch(
-                f"{name} has the shape {tuple(shape)}, and a group reaches index {end} of its dim {dim}: "
-                "the groups were found on another network, or before an earlier cut. Call find_groups "
-                "on the model as it is now."
-            )
-
-
-def _planned(model: nn.Module, groups: Groups, removal: Removal) -> Plan:
-    """The same in terms of tensors."""
-    removed: dict[str, dict[int, list[np.ndarray]]] = {}
-    for number, gone in removal.items():
-        for member in groups.groups[number].members:
-            parts = removed.setdefault(member.tensor, {}).setdefault(member.dim, [])
-            parts.append(member.index[gone].reshape(-1))
-    sizes = {
-        name: {dim: shape[dim] for dim in dims}
-        for name, dims in removed.items()
-        for shape in [shape_of(model, name)]
-    }
-    kept = {
-        name: {dim: _others(sizes[name][dim], parts) for dim, parts in dims.items()}
-        for name, dims in removed.items()
-    }
-    return Plan(kept, groups.attributes(removal), sizes)
-
-
-def _others(size: int, removed: list[np.ndarray]) -> np.ndarray:
-    stays = np.ones(size, bool)
-    for part in removed:
-        stays[part] = False
-    return np.flatnonzero(stays)
 
 
 def _changes(groups: Groups, removal: Removal, plan: Plan) -> list[Change]:

@@ -239,23 +239,10 @@ def perform(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | Non
         ModelMismatch: the plan does not fit.
         SurgeryFailed: a tensor or a layer cannot be cut.
     """
-    _check_fit(model, plan.kept)
     cut_tensors(model, plan.kept, optimizer)
     set_attributes(model, plan.attributes)
     set_sizes(model, (name.rpartition(".")[0] for name in plan.kept))
     remove_modules(model, plan.removed, optimizer)
-
-
-def _check_fit(model: nn.Module, kept: Kept) -> None:
-    for name, dims in kept.items():
-        shape = shape_of(model, name)
-        for dim, index in dims.items():
-            if not 0 <= dim < len(shape) or len(index) == 0 or index[-1] >= shape[dim]:
-                raise ModelMismatch(
-                    f"{name} has the shape {tuple(shape)} in {type(model).__name__}, and of its dim "
-                    f"{dim} {len(index)} indices up to {index.max(initial=0)} should be kept: the "
-                    "channels to remove are those of another network."
-                )
 
 
 def _still_to_do(model: nn.Module, plan: Plan) -> Plan:

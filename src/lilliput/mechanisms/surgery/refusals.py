@@ -9,6 +9,14 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ...errors import InputError
 
+#: Modules that cannot be cut themselves, by the names of their classes.
+_KINDS = {
+    "DistributedDataParallel": "keeps the gradients of all parameters in buffers of fixed size. "
+    "Cut model.module, then wrap it again.",
+    "FullyShardedDataParallel": "holds the parameters flattened. Cut the model before wrapping it.",
+    "OptimizedModule": "is compiled for its shapes. Cut model._orig_mod, then compile it again.",
+}
+
 
 def refuse(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Raise what can be known before anything is touched.
@@ -31,21 +39,16 @@ def _why_not_now() -> str:
 
 
 def _why_not_model(model: nn.Module) -> str:
-    kinds = {
-        "DistributedDataParallel": "keeps the gradients of all parameters in buffers of fixed size. "
-        "Cut model.module, then wrap it again.",
-        "FullyShardedDataParallel": "holds the parameters flattened. Cut the model before wrapping it.",
-        "OptimizedModule": "is compiled for its shapes. Cut model._orig_mod, then compile it again.",
-    }
     for name, module in model.named_modules():
-        where = f"{type(module).__name__}{f' {name!r}' if name else ''}"
-        if type(module).__name__ in kinds:
-            return f"{where} {kinds[type(module).__name__]}"
+        reason = _KINDS.get(type(module).__name__, "")
         if isinstance(module, torch.jit.ScriptModule):
-            return f"{where} is TorchScript, whose shapes are fixed. Cut the Python module instead."
-        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and (reason := _why_not_tensor(tensor)):
-                return f"{f'{name}.{leaf}'.lstrip('.')} {reason}"
+            reason = "is TorchScript, whose shapes are fixed. Cut the Python module instead."
+        if reason:
+            return f"{type(module).__name__}{f' {name!r}' if name else ''} {reason}"
+        for held in (module._parameters, module._buffers):
+            for leaf, tensor in held.items():
+                if tensor is not None and (reason := _why_not_tensor(tensor)):
+                    return f"{f'{name}.{leaf}'.lstrip('.')} {reason}"
     return ""
 
 
@@ -66,15 +69,13 @@ def _why_not_optimizer(optimizer: torch.optim.Optimizer | None) -> str:
     return ""
 
 
-def refuse_tensor(name: str, module: nn.Module, leaf: str) -> None:
+def refuse_tensor(name: str, module: nn.Module, tensor: Tensor | None) -> None:
     """Raise where surgery does not know how a tensor is stored or computed.
 
     Raises:
         InputError: naming the tensor.
     """
-    reason = _why_not_hooks(module) or _why_not_storage(
-        module._parameters.get(leaf, module._buffers.get(leaf))
-    )
+    reason = _why_not_hooks(module) or _why_not_storage(tensor)
     if reason:
         raise InputError(f"{name} cannot be cut: {reason} The model is as it was.")
 

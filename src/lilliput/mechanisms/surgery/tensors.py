@@ -25,24 +25,41 @@ Kept: TypeAlias = Mapping[str, Mapping[int, np.ndarray]]
 _State: TypeAlias = dict[str, Any]
 
 
-def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that owns an effective tensor, and the tensor's name there.
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module of a dotted name, or None; ``get_submodule`` takes ten times as long."""
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        module = module._modules.get(name) if module is not None else None
+    return module
+
+
+def is_computed(module: nn.Module, leaf: str) -> bool:
+    """Whether a tensor is parametrized: computed anew each time it is asked for."""
+    # Most modules are told apart by the first condition, which costs next to nothing.
+    return "parametrizations" in module._modules and parametrize.is_parametrized(module, leaf)
+
+
+def stored(module: nn.Module, leaf: str) -> Tensor | None:
+    """A parameter or buffer as it lies in memory; None where it is computed, or not there."""
+    tensor = module._parameters.get(leaf)
+    return module._buffers.get(leaf) if tensor is None else tensor
+
+
+def find(model: nn.Module, name: str) -> tuple[nn.Module, str, Tensor | None]:
+    """The module that owns an effective tensor, the tensor's name there, and itself if it is stored.
 
     Raises:
         ModelMismatch: the model has no such parameter or buffer.
     """
     path, _, leaf = name.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        module = nn.Module()
-    tensors = {**module._parameters, **module._buffers}
-    if tensors.get(leaf) is None and not parametrize.is_parametrized(module, leaf):
+    module = module_at(model, path)
+    tensor = None if module is None else stored(module, leaf)
+    if module is None or (tensor is None and not is_computed(module, leaf)):
         raise ModelMismatch(
             f"{type(model).__name__} has no parameter or buffer {name!r}: the channels to remove are "
             "those of another network."
         )
-    return module, leaf
+    return module, leaf, tensor
 
 
 @torch.no_grad()
@@ -50,17 +67,18 @@ def cut_tensors(model: nn.Module, kept: Kept, optimizer: torch.optim.Optimizer |
     """Keep only some indices of the dims of tensors, with all that belongs to each tensor.
 
     Raises:
+        ModelMismatch: the indices are not the model's.
         SurgeryFailed: a tensor cannot be cut; the message names it.
     """
     state = {} if optimizer is None else optimizer.state
     for name, dims in kept.items():
-        module, leaf = owner(model, name)
-        refuse_tensor(name, module, leaf)
+        module, leaf, tensor = find(model, name)
+        refuse_tensor(name, module, tensor)
         try:
-            if parametrize.is_parametrized(module, leaf):
-                _cut_parametrized(name, module, leaf, dims, state)
+            if tensor is None:
+                _cut_parametrized(model, name, (module, leaf), dims, state)
             else:
-                tensor = getattr(module, leaf)
+                _check_fit(model, name, tensor.shape, dims)
                 _cut(tensor, tensor.shape, dims, state)
         except RuntimeError as error:
             raise SurgeryFailed(
@@ -69,15 +87,29 @@ def cut_tensors(model: nn.Module, kept: Kept, optimizer: torch.optim.Optimizer |
             ) from error
 
 
+def _check_fit(
+    model: nn.Module, name: str, shape: torch.Size, dims: Mapping[int, np.ndarray]
+) -> None:
+    for dim, index in dims.items():
+        if not 0 <= dim < len(shape) or len(index) == 0 or index[-1] >= shape[dim]:
+            raise ModelMismatch(
+                f"{name} has the shape {tuple(shape)} in {type(model).__name__}, and of its dim "
+                f"{dim} {len(index)} indices up to {index.max(initial=0)} should be kept: the "
+                "channels to remove are those of another network."
+            )
+
+
 def _cut(
     tensor: Tensor, shape: torch.Size, dims: Mapping[int, np.ndarray], state: Mapping[Any, _State]
 ) -> None:
     """Cut what lies in memory: its values, its gradient, and what an optimizer keeps for it."""
-    gradient, tensor.grad = tensor.grad, None
+    gradient = tensor.grad
+    if gradient is not None:  # torch refuses one of another shape
+        tensor.grad = None
     set_memory(tensor, part(tensor.detach(), shape, dims))
     if gradient is not None:
         tensor.grad = part(gradient.detach(), shape, dims)
-    own = state.get(tensor, {})
+    own = state.get(tensor, {}) if state else {}
     for key, value in own.items():
         if isinstance(value, Tensor):
             own[key] = part(value, shape, dims)
@@ -89,8 +121,7 @@ def part(tensor: Tensor, shape: torch.Size, dims: Mapping[int, np.ndarray]) -> T
     Factored moments and the magnitudes of weight normalization have some dims of size 1; counters
     and centroids have other shapes and are the same for all channels.
     """
-    sizes = list(zip(tensor.shape, shape, strict=False))
-    if tensor.ndim != len(shape) or any(own not in (1, whole) for own, whole in sizes):
+    if tensor.shape != shape and not _broadcasts(tensor.shape, shape):
         return tensor
     result = tensor
     for dim, kept in dims.items():
@@ -98,6 +129,11 @@ def part(tensor: Tensor, shape: torch.Size, dims: Mapping[int, np.ndarray]) -> T
             index = torch.from_numpy(kept).to(tensor.device)
             result = result.index_select(dim, index)
     return _laid_out_as(tensor, result)
+
+
+def _broadcasts(own: torch.Size, whole: torch.Size) -> bool:
+    pairs = zip(own, whole, strict=False)
+    return len(own) == len(whole) and all(n in (1, size) for n, size in pairs)
 
 
 def _laid_out_as(original: Tensor, result: Tensor) -> Tensor:
@@ -109,36 +145,39 @@ def _laid_out_as(original: Tensor, result: Tensor) -> Tensor:
 
 
 def _cut_parametrized(
+    model: nn.Module,
     name: str,
-    module: nn.Module,
-    leaf: str,
+    place: tuple[nn.Module, str],
     dims: Mapping[int, np.ndarray],
     state: Mapping[Any, _State],
 ) -> None:
     """Cut what a tensor is computed from, so that what is computed is the part of what was."""
+    module, leaf = place
     stack, whole = _stack(module, leaf), value_of(module, leaf)
+    _check_fit(model, name, whole.shape, dims)
     shape, wanted = whole.shape, part(whole, whole.shape, dims)  # `whole` may be what is cut
     for tensor in [*stack.parameters(), *stack.buffers()]:
         _cut(tensor, shape, dims, state)
     for encoding in stack.children():
         if isinstance(encoding, Encoding):
             encoding.forget()
-    if not _computes(module, leaf, wanted):
-        setattr(module, leaf, wanted)  # weight normalization: each norm is over fewer weights
-    if not _computes(module, leaf, wanted):
+    try:
+        if not _computes(module, leaf, wanted):
+            setattr(module, leaf, wanted)  # weight normalization: each norm is over fewer weights
+        fits, problem = _computes(module, leaf, wanted), None
+    except RuntimeError as error:  # shapes that no longer fit each other
+        fits, problem = False, error
+    if not fits:
         kinds = ", ".join(type(step).__name__ for step in stack.children())
         raise SurgeryFailed(
             f"{name} is parametrized ({kinds}), and what is left of it after cutting is not what it was "
             "before. The model is as it was. Make it an ordinary weight first: "
             "torch.nn.utils.parametrize.remove_parametrizations."
-        )
+        ) from problem
 
 
 def _computes(module: nn.Module, leaf: str, wanted: Tensor) -> bool:
-    try:
-        value = value_of(module, leaf)
-    except RuntimeError:  # shapes that no longer fit each other
-        return False
+    value = value_of(module, leaf)
     if value.shape != wanted.shape:
         return False
     rounding = 10 * torch.finfo(wanted.dtype).eps
@@ -148,21 +187,22 @@ def _computes(module: nn.Module, leaf: str, wanted: Tensor) -> bool:
 @torch.no_grad()
 def value_of(module: nn.Module, leaf: str) -> Tensor:
     """The effective value of a tensor; computing it changes nothing."""
-    if parametrize.is_parametrized(module, leaf):
-        # Spectral normalization iterates, in place, each time it is asked while it trains.
-        with evaluation(_stack(module, leaf)):
-            return getattr(module, leaf)  # type: ignore[no-any-return]
-    tensor: Tensor = getattr(module, leaf)
-    return tensor
+    tensor = stored(module, leaf)
+    if tensor is not None:
+        return tensor
+    # Spectral normalization iterates, in place, each time it is asked while it trains.
+    with evaluation(_stack(module, leaf)):
+        return getattr(module, leaf)  # type: ignore[no-any-return]
 
 
 def shape_of(model: nn.Module, name: str) -> torch.Size:
-    """The shape of an effective tensor."""
-    module, leaf = owner(model, name)
-    if parametrize.is_parametrized(module, leaf):
-        return value_of(module, leaf).shape
-    tensor: Tensor = getattr(module, leaf)
-    return tensor.shape
+    """The shape of an effective tensor.
+
+    Raises:
+        ModelMismatch: the model has no such parameter or buffer.
+    """
+    module, leaf, tensor = find(model, name)
+    return (value_of(module, leaf) if tensor is None else tensor).shape
 
 
 def _stack(module: nn.Module, leaf: str) -> nn.Module:

@@ -8,8 +8,9 @@ gets new memory instead (:func:`replace`), and its old memory, untouched, is the
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ def transaction(
     """Undo everything that was done to the model and its optimizer, if an exception leaves the block.
 
     Covered are tensors, gradients, modes, hooks, attributes and classes of all modules, the state and
-    the parameter groups of the optimizer, and the generators of torch, numpy and Python.
+    the parameter groups of the optimizer, the generators of torch, numpy and Python, and how precisely
+    torch multiplies float32.
 
     Yields:
         The state at the beginning; ``restore()`` goes back to it within the block.
@@ -80,50 +82,48 @@ def set_memory(tensor: Tensor, value: Tensor) -> None:
     tensor.data = value
 
 
+def tensors_of(modules: Iterable[nn.Module]) -> Iterable[Tensor]:
+    """All parameters and buffers that modules own, each once."""
+    held = (own for m in modules for own in (m._parameters, m._buffers) if own)
+    return {id(t): t for own in held for t in own.values() if t is not None}.values()
+
+
 class Snapshot:
     """References to everything that surgery may change."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        self._modules = [(m, type(m), _Contents(vars(m))) for m in model.modules()]
-        tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        self._tensors = [(t, t.data, t.grad, t.requires_grad) for t in tensors.values()]
-        self._optimizer = [] if optimizer is None else _optimizer_contents(optimizer)
-        self._random = _generators()
+        modules = list(model.modules())
+        self._kinds = [(module, type(module)) for module in modules]
+        self._contents = _contents([vars(module) for module in modules], depth=1)
+        self._tensors = [(t, t.data, t.grad, t.requires_grad) for t in tensors_of(modules)]
+        if optimizer is not None:
+            self._contents += _contents([optimizer.state], depth=1)
+            self._contents += _contents([optimizer.param_groups], depth=2)
+        self._settings = [*_generators(), *_precision()]
 
     def restore(self) -> None:
         """Go back; doing it twice, or again after an interruption, is the same as doing it once."""
-        for module, kind, contents in self._modules:
+        for module, kind in self._kinds:
             module.__class__ = kind
-            contents.restore()
+        for container, items in self._contents:
+            container.clear()
+            if items:  # most are empty
+                add = container.extend if isinstance(container, list) else container.update
+                add(items)
         for tensor, memory, gradient, trains in self._tensors:
             _restore_tensor(tensor, memory, gradient, trains)
-        for contents in self._optimizer:
-            contents.restore()
-        for put_back, state in self._random:
+        for put_back, state in self._settings:
             put_back(state)
 
 
-class _Contents:
-    """What a dict, list or set holds, one level of containers inside it included."""
-
-    def __init__(self, container: Any, depth: int = 1) -> None:
-        self.container = container
-        self.items = container.copy()
-        values = container.values() if isinstance(container, dict) else container
-        inner = [v for v in values if isinstance(v, _CONTAINERS)] if depth else []
-        self.inner = [_Contents(v, depth - 1) for v in inner if v]
-        self.empty = [
-            v for v in inner if not v
-        ]  # most of a module's: an object for each takes time
-
-    def restore(self) -> None:
-        self.container.clear()
-        add = self.container.extend if isinstance(self.container, list) else self.container.update
-        add(self.items)
-        for contents in self.inner:
-            contents.restore()
-        for container in self.empty:
-            container.clear()
+def _contents(containers: list[Any], depth: int) -> list[tuple[Any, Any]]:
+    """Dicts, lists and sets, and those inside down to a depth, each with what it holds."""
+    found = [(each, each.copy()) for each in containers]
+    if depth:
+        held = (each.values() if isinstance(each, dict) else each for each in containers)
+        inner = [v for values in held for v in values if isinstance(v, _CONTAINERS)]
+        found += _contents(inner, depth - 1)
+    return found
 
 
 def _restore_tensor(tensor: Tensor, memory: Tensor, gradient: Tensor | None, trains: bool) -> None:
@@ -140,10 +140,6 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.layout == b.layout == torch.strided and a.is_set_to(b)
 
 
-def _optimizer_contents(optimizer: torch.optim.Optimizer) -> list[_Contents]:
-    return [_Contents(optimizer.state), _Contents(optimizer.param_groups, depth=2)]
-
-
 def _generators() -> list[tuple[Callable[[Any], object], Any]]:
     """The setter of each random generator with its present state."""
     generators: list[tuple[Callable[[Any], object], Any]] = [
@@ -154,6 +150,27 @@ def _generators() -> list[tuple[Callable[[Any], object], Any]]:
     if torch.cuda.is_initialized():
         generators.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
     return generators
+
+
+def precision_switches() -> list[tuple[Any, str, Any]]:
+    """Library, attribute and value of what lets float32 be multiplied as float32.
+
+    The shorter formats that torch may use inside round by a thousandth.
+    """
+    backends: Any = torch.backends
+    matmul, cudnn, mkldnn = backends.cuda.matmul, backends.cudnn, backends.mkldnn
+    if not hasattr(matmul, "fp32_precision"):  # before torch 2.9
+        return [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+    libraries = (matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+    return [(library, "fp32_precision", "ieee") for library in libraries]
+
+
+def _precision() -> list[tuple[Callable[[Any], object], Any]]:
+    """The setter of each switch with its present value."""
+    return [
+        (partial(setattr, library, name), getattr(library, name))
+        for library, name, _ in precision_switches()
+    ]
 
 
 def surely(restore: Callable[[], None]) -> None:

@@ -30,7 +30,7 @@ class Call:
 
     def __init__(self, trace: Trace, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         self.trace, self.args, self.kwargs, self.out = trace, args, kwargs, out
-        self.tensors = tensors_in((*args, *kwargs.values()))
+        self.tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
 
     def arg(self, position: int, default: Any = None) -> Any:
         """A positional argument; torch leaves out trailing ones that have their default."""
@@ -107,7 +107,7 @@ def tensors_in(values: Any) -> list[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, list | tuple):
+        elif type(value) is list or isinstance(value, tuple):
             found += tensors_in(value)
     return found
 

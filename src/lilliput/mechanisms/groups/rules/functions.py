@@ -292,6 +292,15 @@ def _require_groups(trace: Trace, groups: int, channels: Dim) -> None:
         trace.require_same(groups)
 
 
+@_handle("batch_norm")
+def _batch_norm(trace: Trace, function: Any, args: Args, kwargs: Kwargs) -> Any:
+    """Torch makes an empty tensor beside each batch normalization, which nobody reads: it is left out."""
+    if function is not nn.functional.batch_norm or len(args) != 8 or kwargs or args[5]:
+        return function(*args, **kwargs)
+    x, mean, variance, weight, bias, _, momentum, eps = args
+    return torch.native_batch_norm(x, weight, bias, mean, variance, False, momentum, eps)[0]
+
+
 # Calls whose meaning would be lost
 
 
