@@ -15,8 +15,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_a_plain_loop() -> None:
-    score = runpy.run_path(str(EXAMPLES / "plain_torch.py"))["main"](epochs=8)
-    assert score > 75
+    score = runpy.run_path(str(EXAMPLES / "plain_torch.py"))["main"](epochs=12)
+    assert score > 70  # about 87: nine tenths of the weights have gone in twelve epochs
 
 
 @pytest.mark.parametrize(
