@@ -295,7 +295,10 @@ class TestBadInput:
                 return self.scale * self.layer(x)  # type: ignore[no-any-return]
 
         stage = Stage(methods=[Mutual()], train=Train(epochs=1))
-        with pytest.raises(InputError, match="reset_parameters"):
+        with pytest.raises(
+            InputError,
+            match=r"^mutual: .* 'the network' \(Scaled\) .*reset_parameters.* list of networks\.$",
+        ):
             lilliput.compress(Scaled(), MLP.task(), [stage])
 
     def test_a_collapsed_peer_is_told(self) -> None:

@@ -20,6 +20,7 @@ from lilliput.core.types import Batch
 from lilliput.errors import InputError, LilliputError, ModelMismatch
 from lilliput.methods import FilterL1, NeuronSelection
 from lilliput.methods.distill.neuron_selection import (
+    decided,
     discriminativeness,
     mean_field,
     regression_loss,
@@ -136,9 +137,20 @@ class TestMeanField:
             exact += found == pytest.approx(best)
         assert exact >= 16
 
+    def test_of_neurons_that_all_say_the_same_a_few_are_selected(self) -> None:
+        """At one temperature each would be selected a little, and none for good."""
+        unary = np.linspace(-0.6, -0.59, 300)
+        pairwise = 0.07 * (np.ones((300, 300)) - np.eye(300))
+        assert mean_field(unary, pairwise, 0.05).max() < 0.5
+        chosen = select_neurons(unary, pairwise, 0.05)
+        # One more is worth it while 0.6 > 0.07 * (those that are in).
+        assert len(chosen) == 9
+        best = energy(np.arange(300) < 9, unary, pairwise)
+        assert energy([i in chosen for i in range(300)], unary, pairwise) <= 0.98 * best
+
     def test_a_number_of_neurons(self) -> None:
         unary, pairwise = problem(3)
-        fields = unary + pairwise @ mean_field(unary, pairwise, 0.05)
+        fields = unary + pairwise @ decided(unary, pairwise, 0.05)
         for count in (1, 4, 9):
             chosen = select_neurons(unary, pairwise, 0.05, count)
             assert chosen == sorted(np.argsort(fields)[:count].tolist())

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ...core.run import Run
 from ...core.task import answer, evaluation, explain_mismatch
 from ...core.types import Batch
-from ...errors import ModelMismatch
+from ...errors import InputError, ModelMismatch
 from ...mechanisms.encodings import bake
 from ...mechanisms.teacher import logits_of
 from .born_again import draw_fresh_weights
@@ -32,18 +32,26 @@ def trainable(network: nn.Module) -> nn.Module:
     return network.train()
 
 
-def fresh_copy(network: nn.Module, seed: int) -> nn.Module:
+def fresh_copy(network: nn.Module, seed: int, by: str, instead: str) -> nn.Module:
     """A network of the same class and widths, without encodings, with other random weights.
 
     Args:
         network: stays as it is.
         seed: of the weights.
+        by: the method's name.
+        instead: what its user can do if this fails.
 
     Raises:
         InputError: a module with parameters cannot draw them anew; it is named.
     """
     copied = bake(copy.deepcopy(network))
-    draw_fresh_weights(copied, seed)
+    try:
+        draw_fresh_weights(copied, seed)
+    except InputError as error:
+        reason = str(error).partition(". ")[0].partition(": ")[2]
+        raise InputError(
+            f"{by}: a copy with fresh weights cannot be made, for {reason}. Give it one, or {instead}."
+        ) from error
     return copied.requires_grad_(True).train()
 
 

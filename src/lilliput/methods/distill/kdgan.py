@@ -208,7 +208,8 @@ class Kdgan(Method):
         key = run.key_of(self)
         teacher = trainable(bake(run.find_network(self.teacher)))
         if self.discriminator is None:
-            critic = fresh_copy(teacher, mix(run.seed, run.stage, key, "discriminator"))
+            seed = mix(run.seed, run.stage, key, "discriminator")
+            critic = fresh_copy(teacher, seed, "kdgan", "name a network as the discriminator")
         else:
             critic = trainable(bake(run.find_network(self.discriminator)))
         self._teacher = run.player(f"{key}.teacher", teacher)

@@ -149,8 +149,9 @@ class Mutual(Method):
     def _networks(self, run: Run) -> list[nn.Module]:
         if isinstance(self.peers, list):
             return [trainable(bake(run.find_network(reference))) for reference in self.peers]
-        key = run.key_of(self)
-        return [fresh_copy(run.model, mix(run.seed, run.stage, key, n)) for n in range(self.peers)]
+        seeds = [mix(run.seed, run.stage, run.key_of(self), n) for n in range(self.peers)]
+        instead = "let peers be a list of networks"
+        return [fresh_copy(run.model, seed, "mutual", instead) for seed in seeds]
 
     def _warn_of_twins(self, run: Run, networks: list[nn.Module]) -> None:
         digests = [weights_digest(network) for network in (run.model, *networks)]
