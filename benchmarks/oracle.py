@@ -53,7 +53,7 @@ Row = dict[str, Any]
 
 
 def criteria(network: str) -> dict[str, Any]:
-    """The criteria by their names in the table; the first two families are the paper's."""
+    """The criteria by their names in the table; activations, gradients, weights, chance."""
     make = lilliput.methods
     rest: Row = {"keep": 0.5, "round_to": 1}
     every: Row = {**rest, "samples": IMAGES[network]}
@@ -164,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("networks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("network", nargs="?", choices=list(TASKS), help="default: both")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of LeNet-5")
     parser.add_argument("--lenet-5", type=Path, nargs="+", help="trained files, one for each seed")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"))
@@ -175,7 +175,7 @@ def main() -> None:
     if not options.table:
         torch.set_num_threads(1)
         keep_freed_memory()
-        for network in options.networks:
+        for network in [options.network] if options.network else TASKS:
             for seed in options.seeds if network == "lenet_5" else [0]:
                 keep(measure(network, seed, network_of(network, seed, options)))
     print(table(read()["runs"]))
@@ -203,7 +203,7 @@ def table(runs: list[Row]) -> str:
     known = {name: found for name, found in networks.items() if found}
     heads = [f"{name}, {column}" for name in known for column in COLUMNS.values()]
     lines = [f"| criterion | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
-    for criterion in dict.fromkeys(name for run in runs for name in run["criteria"]):
+    for criterion in criteria("resnet20"):
         cells = [cell(found, criterion, what) for found in known.values() for what in COLUMNS]
         lines.append(f"| {criterion} | {' | '.join(cells)} |")
     return "\n".join(lines)
