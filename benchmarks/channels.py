@@ -167,8 +167,9 @@ def start(network: str, seed: int, epochs: int, work: Path) -> nn.Module:
     ).model
 
 
-def from_scratch(like: nn.Module) -> nn.Module:
+def from_scratch(like: nn.Module, seed: int) -> nn.Module:
     """A network as thin as ``like`` with new random weights; it gets the epochs of both trainings."""
+    torch.manual_seed(seed)  # a run that goes on begins from the same weights
     fresh = copy.deepcopy(like).train()
     for module in fresh.modules():
         if hasattr(module, "reset_parameters"):
@@ -182,7 +183,7 @@ def do(job: Job, work: Path) -> dict[str, Any]:
     home = work / f"{network}-{seed}-{row}-{budget}".replace(" ", "_").replace(",", "")
     if row == "from scratch":
         thin = load(work / f"{network}-{seed}-filter_l1-{budget}" / "model.safetensors")
-        plan, model = [Stage(train=train(2 * epochs, RATE_FROM_SCRATCH))], from_scratch(thin)
+        plan, model = [Stage(train=train(2 * epochs, RATE_FROM_SCRATCH))], from_scratch(thin, seed)
     else:
         plan, model = stages(row, budget, epochs), dense
     figures = compress(model, task(), plan, directory=home, seed=seed).figures
