@@ -18,21 +18,18 @@ import copy
 import functools
 import json
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
+from rows import Row, Rows, alone, markdown, named, parser, spread
 from torch import nn
 
 from lilliput.api import compress
 from lilliput.core.recipe import ModelSettings, Stage, TaskSettings, Train
 from lilliput.core.task import Task
-from lilliput.engine.memory import keep_freed_memory
 from lilliput.engine.recipes import build_model, build_task
-from lilliput.engine.records import environment
-from lilliput.errors import LilliputError
 from lilliput.io import load
 
 HERE = Path(__file__).resolve().parent
@@ -43,8 +40,6 @@ WEIGHTS = {
 }
 BUDGETS = (0.7, 0.5)
 RATE, SMALL_RATE, RATE_FROM_SCRATCH = 0.01, 1e-4, 0.1
-
-Job = tuple[str, str, float, int, int]  # network, row, budget, seed, epochs
 
 
 # -- the rows -----------------------------------------------------------------------------------
@@ -160,10 +155,13 @@ def task() -> Task:
 
 def start(network: str, seed: int, epochs: int, work: Path) -> nn.Module:
     """The published network, fine-tuned on the data at hand; each seed has its own."""
-    path = work / f"{network}-{seed}-start"
     published = build_model(ModelSettings(architecture=network, weights=WEIGHTS[network]))
     return compress(
-        published, task(), [Stage(train=train(epochs))], directory=path, seed=seed
+        published,
+        task(),
+        [Stage(train=train(epochs))],
+        directory=named(work, network, seed, "start"),
+        seed=seed,
     ).model
 
 
@@ -177,129 +175,75 @@ def from_scratch(like: nn.Module, seed: int) -> nn.Module:
     return fresh
 
 
-def do(job: Job, work: Path) -> dict[str, Any]:
-    network, row, budget, seed, epochs = job
+def do(job: Row, network: str, work: Path) -> Row:
+    row, budget, seed, epochs = (job[k] for k in ("row", "budget", "seed", "epochs"))
     dense = start(network, seed, epochs, work)
-    home = work / f"{network}-{seed}-{row}-{budget}".replace(" ", "_").replace(",", "")
+    home = named(work, network, seed, row, budget)
     if row == "from scratch":
-        thin = load(work / f"{network}-{seed}-filter_l1-{budget}" / "model.safetensors")
+        thin = load(named(work, network, seed, "filter_l1", budget) / "model.safetensors")
         plan, model = [Stage(train=train(2 * epochs, RATE_FROM_SCRATCH))], from_scratch(thin, seed)
     else:
         plan, model = stages(row, budget, epochs), dense
     figures = compress(model, task(), plan, directory=home, seed=seed).figures
     kept = ("score", "baseline_score", "validation", "parameters", "macs", "bytes", "latency_ratio")
-    widths = {
+    return {**{name: figures[name] for name in kept}, "widths": widths(home)}
+
+
+def widths(home: Path) -> dict[str, list[int]]:
+    """How many channels the layers had before and have after."""
+    return {
         change["where"]: [change["before"], change["after"]]
         for stage in json.loads((home / "changes.json").read_text())
         for change in stage
         if change["what"] == "channels"
     }
-    return {
-        "row": row, "budget": budget, "seed": seed, "epochs": epochs,
-        **{name: figures[name] for name in kept}, "widths": widths,
-    }  # fmt: skip
 
 
 # -- all of them --------------------------------------------------------------------------------
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("network", choices=sorted(WEIGHTS))
-    parser.add_argument("--only", nargs="*", default=[""], help="parts of rows' names")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--jobs", type=int, default=1, help="rows at the same time")
-    parser.add_argument("--work", type=Path, default=Path("runs/channels"))
-    parser.add_argument("--table", action="store_true", help="run nothing, print the table")
-    options = parser.parse_args()
-    path = HERE / "results" / f"channels_{options.network}.json"
-    if not options.table:
-        run_all(path, options)
-    print(table(options.network, read(path)["rows"]))
+    options = parser(__doc__)
+    options.add_argument("network", choices=sorted(WEIGHTS))
+    options.add_argument("--epochs", type=int, default=6)
+    chosen = options.parse_args()
+    done = Rows(HERE / "results" / f"channels_{chosen.network}.json", images=IMAGES)
+    if not chosen.table:
+        run_all(done, chosen)
+    print(table(chosen.network, done.read()))
 
 
-def run_all(path: Path, options: argparse.Namespace) -> None:
-    done = {(r["row"], r["budget"], r["seed"], r["epochs"]) for r in read(path)["rows"]}
-    with ProcessPoolExecutor(options.jobs, initializer=settle) as pool:
-        for seed in options.seeds:
-            # All rows of a seed start from one network: it must be there before they do.
-            pool.submit(prepare, options.network, seed, options.epochs, options.work).result()
-            jobs = [
-                (options.network, row, budget, seed, options.epochs)
-                for row, budget in rows(options.network)
-                if any(part in row for part in options.only)
-                and (row, budget, seed, options.epochs) not in done
-            ]
-            for finished in as_completed([pool.submit(attempt, job, options.work) for job in jobs]):
-                keep(path, finished.result())
+def run_all(done: Rows, options: argparse.Namespace) -> None:
+    for seed in options.seeds:
+        alone(start, options.network, seed, options.epochs, options.work)
+        jobs = [
+            {"row": row, "budget": budget, "seed": seed, "epochs": options.epochs}
+            for row, budget in rows(options.network)
+            if any(part in row for part in options.only)
+        ]
+        done.run(
+            jobs, functools.partial(do, network=options.network, work=options.work), options.jobs
+        )
 
 
-def settle() -> None:
-    """What a process does first."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-
-
-def prepare(network: str, seed: int, epochs: int, work: Path) -> None:
-    start(network, seed, epochs, work)
-
-
-def attempt(job: Job, work: Path) -> dict[str, Any]:
-    """A row that is refused is told and left out."""
-    try:
-        return do(job, work)
-    except LilliputError as error:
-        return {"row": job[1], "budget": job[2], "seed": job[3], "refused": str(error)}
-
-
-def keep(path: Path, row: dict[str, Any]) -> None:
-    if "refused" in row:
-        print(f"{row['row']} at {row['budget']}, seed {row['seed']}: {row['refused']}", flush=True)
-        return
-    print(
-        f"{row['row']} at {row['budget']}, seed {row['seed']}: {row['baseline_score']:.2f} -> "
-        f"{row['score']:.2f}, {row['macs']:,} MACs, {row['parameters']:,} parameters",
-        flush=True,
-    )
-    content = read(path)
-    content["rows"].append(row)
-    content["rows"].sort(key=lambda r: (-r["budget"], r["row"], r["seed"]))
-    content["environment"] = environment()
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {"images": IMAGES, "rows": []}
-
-
-def table(network: str, done: list[dict[str, Any]]) -> str:
-    lines = [
-        "| row | MACs | parameters | accuracy, % | to dense |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    dense = [r for r in done if r["row"] == "dense"]
+def table(network: str, done: list[Row]) -> str:
+    dense = {r["seed"]: r for r in done if r["row"] == "dense"}
+    lines = []
     for row, budget in rows(network):
         found = [r for r in done if (r["row"], r["budget"]) == (row, budget)]
         if found:
             lines.append(line(row, found, dense))
-    return "\n".join(lines)
+    return markdown(("row", "MACs", "parameters", "accuracy, %", "to dense"), lines)
 
 
-def line(row: str, found: list[dict[str, Any]], dense: list[dict[str, Any]]) -> str:
-    scores = [r["score"] for r in found]
-    spread = f" ± {stdev(scores):.2f}" if len(scores) > 1 else " (one seed)"
-    reference = {r["seed"]: r for r in dense}
-    pairs = [(r, reference[r["seed"]]) for r in found if r["seed"] in reference]
+def line(row: str, found: list[Row], dense: dict[int, Row]) -> tuple[str, ...]:
+    pairs = [(r, dense[r["seed"]]) for r in found if r["seed"] in dense]
 
     def share(name: str) -> str:
         return f"{100 * mean(r[name] / d[name] for r, d in pairs):.0f} %" if pairs else ""
 
     change = f"{mean(r['score'] - d['score'] for r, d in pairs):+.2f}" if pairs else ""
-    cells = (row, share("macs"), share("parameters"), f"{mean(scores):.2f}{spread}", change)
-    return f"| {' | '.join(cells)} |"
+    return row, share("macs"), share("parameters"), spread([r["score"] for r in found]), change
 
 
 if __name__ == "__main__":

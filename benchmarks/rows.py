@@ -1,0 +1,105 @@
+"""Tables whose rows take minutes each: run what is missing, keep each row at once, tell mean and spread.
+
+A job is a dict of settings (a row's name, a seed, ...), a row is that dict with the figures of the run. Rows
+lie in a JSON file; the file is written anew after each of them, so that a killed benchmark goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from lilliput.engine.memory import keep_freed_memory
+from lilliput.engine.records import environment
+from lilliput.errors import LilliputError
+
+Row = dict[str, Any]
+
+
+class Rows:
+    """The rows of one file, and what else stands in it (``about``: what all rows have in common)."""
+
+    def __init__(self, path: Path, **about: Any) -> None:
+        self.path = path
+        self.about = about
+
+    def read(self) -> list[Row]:
+        return json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+
+    def run(self, jobs: Iterable[Row], do: Callable[[Row], Row], processes: int = 1) -> None:
+        """Do the jobs that have no row yet, each in a process with one thread; a refused one is told."""
+        missing = [
+            job for job in jobs if not any(job.items() <= row.items() for row in self.read())
+        ]
+        with ProcessPoolExecutor(processes, initializer=settle) as pool:
+            for done in as_completed([pool.submit(attempt, do, job) for job in missing]):
+                self.keep(done.result())
+
+    def keep(self, row: Row) -> None:
+        print(", ".join(f"{k} {v}" for k, v in row.items() if not isinstance(v, dict)), flush=True)
+        if "refused" in row:
+            return
+        content = {**self.about, "environment": environment(), "rows": [*self.read(), row]}
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(content, indent=1) + "\n")
+        new.replace(self.path)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that all such benchmarks have."""
+    found = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    found.add_argument("--only", nargs="*", default=[""], help="parts of rows' names")
+    found.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    found.add_argument("--jobs", type=int, default=1, help="rows at the same time")
+    found.add_argument("--work", type=Path, default=Path("runs"), help="run directories")
+    found.add_argument("--table", action="store_true", help="run nothing, print the table")
+    return found
+
+
+def settle() -> None:
+    """What a process does first."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+
+
+def alone(do: Callable[..., Any], *arguments: Any) -> Any:
+    """Do what several rows start from in a process of its own, before they all ask for it."""
+    with ProcessPoolExecutor(1, initializer=settle) as pool:
+        return pool.submit(do, *arguments).result()
+
+
+def named(home: Path, *parts: Any) -> Path:
+    """A run directory whose name is made of a row's settings."""
+    return home / re.sub(r"[^\w.]+", "_", "-".join(map(str, parts)))
+
+
+def attempt(do: Callable[[Row], Row], job: Row) -> Row:
+    """A job's row; or why the library refused it, which must not stop the other rows."""
+    try:
+        return {**job, **do(job)}
+    except LilliputError as error:
+        return {**job, "refused": str(error)}
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Mean and standard deviation; a single value says that it is one."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f} (one seed)"
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A table: the first column is text, the others are figures."""
+    names = list(head)
+    rule = ["---", *["---:"] * (len(names) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (names, rule, *lines))
