@@ -23,7 +23,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from rows import Row, Rows, alone, markdown, named, parser, spread
+from rows import Row, Rows, Trained, alone, markdown, named, parser, spread, trained
 from torch import nn
 
 from lilliput.api import compress
@@ -153,16 +153,11 @@ def task() -> Task:
     return build_task(TaskSettings(name="cifar10", arguments=arguments))
 
 
-def start(network: str, seed: int, epochs: int, work: Path) -> nn.Module:
+def start(network: str, seed: int, epochs: int, work: Path) -> Trained:
     """The published network, fine-tuned on the data at hand; each seed has its own."""
     published = build_model(ModelSettings(architecture=network, weights=WEIGHTS[network]))
-    return compress(
-        published,
-        task(),
-        [Stage(train=train(epochs))],
-        directory=named(work, network, seed, "start"),
-        seed=seed,
-    ).model
+    home = named(work, network, seed, "start")
+    return trained(published, task(), [Stage(train=train(epochs))], directory=home, seed=seed)
 
 
 def from_scratch(like: nn.Module, seed: int) -> nn.Module:
@@ -177,7 +172,7 @@ def from_scratch(like: nn.Module, seed: int) -> nn.Module:
 
 def do(job: Row, network: str, work: Path) -> Row:
     row, budget, seed, epochs = (job[k] for k in ("row", "budget", "seed", "epochs"))
-    dense = start(network, seed, epochs, work)
+    dense = start(network, seed, epochs, work).model
     home = named(work, network, seed, row, budget)
     if row == "from scratch":
         thin = load(named(work, network, seed, "filter_l1", budget) / "model.safetensors")

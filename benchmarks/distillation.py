@@ -33,11 +33,10 @@ from typing import Any
 
 import channels
 import torch
-from rows import Row, Rows, alone, markdown, named, parser, spread
+from rows import Row, Rows, Trained, alone, markdown, named, parser, seeded, spread, trained
 from torch import nn
 
 import lilliput
-from lilliput.api import compress
 from lilliput.core.recipe import Stage, TaskSettings, Train
 from lilliput.core.task import Task
 from lilliput.engine.recipes import build_task
@@ -54,7 +53,7 @@ class Setting:
     """Data, networks, and the places in them that methods ask for, the student's before the teacher's."""
 
     task: TaskSettings
-    teacher: Callable[[int, Path], Any]
+    teacher: Callable[[int, Path], Trained]
     student: Callable[[], nn.Module]
     untrained_teacher: Callable[[], nn.Module]
     assistant: Callable[[], nn.Module]
@@ -93,11 +92,11 @@ def small_network(depth: int, width: int = 16) -> nn.Module:
     return nn.Sequential(layers)
 
 
-def fashion_teacher(seed: int, work: Path) -> Any:
+def fashion_teacher(seed: int, work: Path) -> Trained:
     """Trained for twice the epochs of a row."""
     setting = SETTINGS["fashion_mnist"]
     stage = Stage(train=setting.train(2 * setting.epochs))
-    return compress(
+    return trained(
         seeded(setting.untrained_teacher, seed),
         task("fashion_mnist"),
         [stage],
@@ -106,7 +105,7 @@ def fashion_teacher(seed: int, work: Path) -> Any:
     )
 
 
-def cifar_teacher(seed: int, work: Path) -> Any:
+def cifar_teacher(seed: int, work: Path) -> Trained:
     return channels.start("resnet20", seed, 6, work)
 
 
@@ -186,7 +185,7 @@ PLANS: dict[str, Callable[[Setting], list[Part]]] = {
     ],
     "mutual, two students": lambda s: [part("mutual", peers=1)],
     "mutual, with an untrained teacher": lambda s: [part("mutual", peers=[s.untrained_teacher()])],
-    "adversarial": lambda s: [part("adversarial", noise={s.last_feature: 0.1})],
+    "adversarial": lambda s: [part("adversarial", noise={list(s.features)[-1]: 0.1})],
     "kdgan": lambda s: [Part(), part("kdgan", rate=0.25, hard_weight=0.5)],
     "auxiliary": lambda s: [part("auxiliary", places=list(s.features)[:2], feature=s.last_feature)],
     "born_again": lambda s: [Part(), part("born_again", teacher="previous")],
@@ -224,16 +223,10 @@ def task(data: str) -> Task:
     return build_task(SETTINGS[data].task)
 
 
-def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return build()
-
-
 def assistant(data: str, seed: int, teacher: nn.Module, work: Path) -> nn.Module:
     """A network of middle size, taught by the teacher for as many epochs as a row has."""
     setting = SETTINGS[data]
-    return compress(
+    return trained(
         seeded(setting.assistant, seed),
         task(data),
         stages("soft_targets", setting, teacher=teacher),
@@ -245,22 +238,22 @@ def assistant(data: str, seed: int, teacher: nn.Module, work: Path) -> nn.Module
 def do(job: Row, data: str, work: Path) -> Row:
     row, seed = job["row"], job["seed"]
     setting = SETTINGS[data]
-    trained = setting.teacher(seed, work)
+    teacher = setting.teacher(seed, work)
     if row == "teacher":
-        return figures(trained)
-    teachers = {"teacher": trained.model}
+        return shown(teacher.figures)
+    teachers = {"teacher": teacher.model}
     if row == "teaching assistant":
-        teachers["assistant"] = assistant(data, seed, trained.model, work)
+        teachers["assistant"] = assistant(data, seed, teacher.model, work)
     home = named(work, data, seed, row)
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # for the networks that a plan brings
         plan = stages(row, setting, **teachers)
     student = seeded(setting.student, seed)
-    return figures(compress(student, task(data), plan, directory=home, seed=seed))
+    return shown(trained(student, task(data), plan, directory=home, seed=seed).figures)
 
 
-def figures(result: Any) -> Row:
-    return {name: result.figures[name] for name in ("score", "validation", "parameters", "macs")}
+def shown(figures: dict[str, Any]) -> Row:
+    return {name: figures[name] for name in ("score", "validation", "parameters", "macs")}
 
 
 # -- all of them --------------------------------------------------------------------------------

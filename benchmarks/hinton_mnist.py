@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import Row, Rows, alone, markdown, named, parser, spread
+from rows import Row, Rows, alone, markdown, named, parser, seeded, spread, trained
 from torch import Tensor, nn
 
 import lilliput
-from lilliput import Stage, Task, Train, compress
+from lilliput import Stage, Task, Train
 from lilliput.core import registry
 from lilliput.core.task import evaluation, read
 
@@ -51,16 +51,15 @@ def mnist(**settings: Any) -> Task:
 
 
 def network(seed: int, units: int, **dropout: float) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return lilliput.build("mlp", hidden=[units, units], **dropout)
+    build = functools.partial(lilliput.build, "mlp", hidden=[units, units], **dropout)
+    return seeded(build, seed)
 
 
 def teacher(seed: int, work: Path) -> nn.Module:
     large = network(seed, 1200, dropout=0.5, input_dropout=0.2)
     home = named(work, "hinton", seed, "teacher")
     task = mnist(augment=True)
-    return compress(
+    return trained(
         large, task, [Stage(train=train(TEACHER_EPOCHS))], directory=home, seed=seed
     ).model
 
@@ -68,16 +67,16 @@ def teacher(seed: int, work: Path) -> nn.Module:
 def student(seed: int, work: Path, row: str, task: Task, *methods: dict[str, Any]) -> nn.Module:
     stage = Stage(methods=list(methods), train=train(EPOCHS))
     home = named(work, "hinton", seed, row)
-    return compress(network(seed, 800), task, [stage], directory=home, seed=seed).model
+    return trained(network(seed, 800), task, [stage], directory=home, seed=seed).model
 
 
 def corrected(seed: int, work: Path, model: nn.Module) -> nn.Module:
     stage = Stage(methods=[{"method": "class_bias", "classes": [MISSING]}])
     home = named(work, "hinton", seed, "corrected")
-    return compress(model, mnist(), [stage], directory=home, seed=seed).model
+    return trained(model, mnist(), [stage], directory=home, seed=seed).model
 
 
-def trained(row: str, seed: int, work: Path) -> nn.Module:
+def model_of(row: str, seed: int, work: Path) -> nn.Module:
     if row == "teacher":
         return teacher(seed, work)
     if row == "alone":
@@ -90,7 +89,7 @@ def trained(row: str, seed: int, work: Path) -> nn.Module:
 
 
 def do(job: Row, work: Path) -> Row:
-    model = trained(job["row"], job["seed"], work)
+    model = model_of(job["row"], job["seed"], work)
     wrong = errors(model, mnist().test)
     held_out = errors(model, mnist().validation)
     return {
@@ -115,7 +114,7 @@ def main() -> None:
     done = Rows(HERE / "results" / "hinton_mnist.json", paper=PAPER)
     for seed in [] if options.table else options.seeds:
         alone(teacher, seed, options.work)
-        alone(trained, "taught, no 3 seen", seed, options.work)
+        alone(model_of, "taught, no 3 seen", seed, options.work)
         rows = [row for row in PAPER if any(part in row for part in options.only)]
         jobs = [{"row": row, "seed": seed, "epochs": EPOCHS} for row in rows]
         done.run(jobs, functools.partial(do, work=options.work), options.jobs)

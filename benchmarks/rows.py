@@ -9,17 +9,23 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
+from lilliput.api import compress
+from lilliput.core.recipe import Stage
+from lilliput.core.task import Task
 from lilliput.engine.memory import keep_freed_memory
 from lilliput.engine.records import environment
 from lilliput.errors import LilliputError
+from lilliput.io import load
 
 Row = dict[str, Any]
 
@@ -35,7 +41,7 @@ class Rows:
         return json.loads(self.path.read_text())["rows"] if self.path.exists() else []
 
     def run(self, jobs: Iterable[Row], do: Callable[[Row], Row], processes: int = 1) -> None:
-        """Do the jobs that have no row yet, each in a process with one thread; a refused one is told."""
+        """Do the jobs that have no row yet, each in a process with one thread; a failed one is told."""
         missing = [
             job for job in jobs if not any(job.items() <= row.items() for row in self.read())
         ]
@@ -45,7 +51,7 @@ class Rows:
 
     def keep(self, row: Row) -> None:
         print(", ".join(f"{k} {v}" for k, v in row.items() if not isinstance(v, dict)), flush=True)
-        if "refused" in row:
+        if "failed" in row:
             return
         content = {**self.about, "environment": environment(), "rows": [*self.read(), row]}
         new = self.path.with_suffix(".new")
@@ -78,17 +84,46 @@ def alone(do: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(do, *arguments).result()
 
 
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A new network whose weights are the seed's."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build()
+
+
+class Trained(NamedTuple):
+    """A network and the figures of the run that trained it."""
+
+    model: nn.Module
+    figures: dict[str, Any]
+
+
+def trained(
+    network: nn.Module, task: Task, stages: list[Stage], *, directory: Path, seed: int
+) -> Trained:
+    """What :func:`lilliput.compress` returns; a run that is finished is read, by any number of processes."""
+    result = directory / "result.json"
+    if result.exists():
+        return Trained(
+            load(directory / "model.safetensors", model=network), json.loads(result.read_text())
+        )
+    found = compress(network, task, stages, directory=directory, seed=seed)
+    return Trained(found.model, found.figures)
+
+
 def named(home: Path, *parts: Any) -> Path:
     """A run directory whose name is made of a row's settings."""
-    return home / re.sub(r"[^\w.]+", "_", "-".join(map(str, parts)))
+    return home / re.sub(r"[^\w.-]+", "_", "-".join(map(str, parts)))
 
 
 def attempt(do: Callable[[Row], Row], job: Row) -> Row:
-    """A job's row; or why the library refused it, which must not stop the other rows."""
+    """A job's row; or why it failed, which is told and must not stop the other rows."""
     try:
         return {**job, **do(job)}
-    except LilliputError as error:
-        return {**job, "refused": str(error)}
+    except Exception as error:
+        if not isinstance(error, LilliputError):
+            traceback.print_exc()
+        return {**job, "failed": f"{type(error).__name__}: {error}"}
 
 
 def spread(values: list[float], digits: int = 2) -> str:

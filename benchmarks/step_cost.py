@@ -5,6 +5,9 @@
 Both sides read the same kind of batches, use the same optimizer and do the same mathematics. They take turns,
 step by step, and the figure is the ratio of the medians of process CPU time, on one thread.
 The data are random: their values do not change the cost.
+
+Soft targets also stand beside a step of torchdistill 1.1.5, its distillation box and its loss on our batches,
+where that package is installed (``pip install --no-deps torchdistill==1.1.5``; it imports torchvision).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
+import importlib.util
 import itertools
 import json
 import sys
@@ -34,10 +38,14 @@ from lilliput.core.types import Batch
 from lilliput.engine.records import RunDirectory, environment
 from lilliput.engine.training import Training
 from lilliput.mechanisms.encodings import Codebook as Shared
-from lilliput.methods import Codebook, Gradual, SoftTargets
+from lilliput.methods import Attention, Codebook, Gradual, SoftTargets
 from lilliput.tasks._arrays import ArrayBatches
+from lilliput.testing import stand_in_for_torchvision
 
 Step = Callable[[], None]
+
+#: Where a network's feature maps are watched.
+PLACES = {"resnet20": ("layer2", "layer3")}
 
 
 def main() -> None:
@@ -85,6 +93,9 @@ def cases(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Step, Step]]
     soft = SoftTargets(teacher="original", temperature=4.0)
     live = taught(network, data, lambda batch: teacher(batch.inputs))
     yield "soft_targets", engine_step(network, data, [soft]), live
+    if importlib.util.find_spec("torchdistill"):
+        theirs = torchdistilled(network, teacher, data)
+        yield "soft_targets / torchdistill", engine_step(network, data, [soft]), theirs
     cached = SoftTargets(teacher="original", temperature=4.0, cache=True)
     # By hand the outputs lie in memory, and nothing checks that they belong to the samples.
     outputs = torch.randn(data.samples, 10).half()
@@ -92,6 +103,10 @@ def cases(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Step, Step]]
     yield "cached soft_targets / by hand", engine_step(network, data, [cached]), table
     alone = plain(network, data)
     yield "cached soft_targets / student only", engine_step(network, data, [cached]), alone
+    if name in PLACES:
+        maps = Attention(pairs=list(PLACES[name]), teacher="original")
+        by_hand = attentive(network, teacher, data, PLACES[name])
+        yield "attention at two places / by hand", engine_step(network, data, [maps]), by_hand
     masks = Gradual(sparsity=0.9, schedule={"shape": "constant"}, remove_dead=False)
     pruned = prune(network)
     yield "masks / by hand", engine_step(pruned, data, [masks]), masked(pruned, data)
@@ -157,6 +172,76 @@ def taught(network: nn.Module, data: ArrayBatches, logits: Callable[[Batch], Ten
         optimizer.step()
 
     return step
+
+
+def torchdistilled(network: nn.Module, teacher: nn.Module, data: ArrayBatches) -> Step:
+    """Soft targets by torchdistill: its box runs both networks, its loss compares them."""
+    stand_in_for_torchvision()  # which torchdistill imports, and which may not fit this torch
+    from torchdistill.core.distillation import DistillationBox
+
+    device = torch.device("cpu")
+    both = (copy.deepcopy(teacher), copy.deepcopy(network))
+    box = DistillationBox(*both, {}, torchdistill_settings(), device, None, False, 1.0)
+    box.pre_epoch_process(epoch=0)
+    stream = endless(data)
+
+    def step() -> None:
+        batch = next(stream)
+        box.post_forward_process(box.forward_process(batch.inputs, batch.target, {}))
+
+    return step
+
+
+def torchdistill_settings() -> dict[str, Any]:
+    """The loss and the optimizer of :func:`taught`, in torchdistill's words."""
+    outputs = {f"{who}_module_path": "." for who in ("student", "teacher")}
+    outputs |= {f"{who}_module_io": "output" for who in ("student", "teacher")}
+    loss = {"key": "KDLoss", "kwargs": {**outputs, "temperature": 4.0, "alpha": 0.5}}
+    terms = {"soft_targets": {"criterion": loss, "weight": 1.0}}
+    return {
+        "num_epochs": 1,
+        "teacher": {"requires_grad": False, "forward_proc": "forward_batch_only"},
+        "student": {"forward_proc": "forward_batch_only"},
+        "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}},
+        "optimizer": {"key": "Adam", "kwargs": {"lr": 1e-3, "fused": True}},
+    }
+
+
+def attentive(
+    network: nn.Module, teacher: nn.Module, data: ArrayBatches, places: tuple[str, ...]
+) -> Step:
+    """Attention transfer by hand: hooks keep the feature maps of both networks."""
+    network, teacher = copy.deepcopy(network), copy.deepcopy(teacher)
+    own, taught = watched(network, places), watched(teacher, places)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+    stream = endless(data)
+
+    def step() -> None:
+        batch = next(stream)
+        optimizer.zero_grad()
+        with torch.no_grad():
+            teacher(batch.inputs)
+        output = network(batch.inputs)
+        apart = [unit_map(own[p]) - unit_map(taught[p]) for p in places]
+        losses = torch.stack([torch.linalg.vector_norm(a, dim=1).mean() for a in apart])
+        (F.cross_entropy(output, batch.target) + 0.5 * losses.sum()).backward()
+        optimizer.step()
+
+    return step
+
+
+def watched(network: nn.Module, places: tuple[str, ...]) -> dict[str, Tensor]:
+    """What the modules of these names returned last."""
+    seen: dict[str, Tensor] = {}
+    for place in places:
+        network.get_submodule(place).register_forward_hook(
+            lambda module, inputs, output, place=place: seen.__setitem__(place, output)
+        )
+    return seen
+
+
+def unit_map(feature: Tensor) -> Tensor:
+    return F.normalize(feature.square().sum(1).flatten(1), dim=1)
 
 
 def masked(network: nn.Module, data: ArrayBatches) -> Step:
