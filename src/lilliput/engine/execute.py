@@ -31,7 +31,7 @@ from .optim import build_optimizer, freeze_others, optimizer_class
 from .outcome import Result, check_codec, expectations, stage_record
 from .progress import Watcher
 from .records import RunDirectory, fingerprint
-from .seeds import preserved_randomness, seed_all
+from .seeds import preserved_randomness, reshuffle, seed_all
 from .training import Training, length
 
 
@@ -224,6 +224,8 @@ class _Execution:
         run.earlier["previous"] = partial(self._end_of, number - 1)
         run.total_steps = stage.train.epochs * length(run.task.train) if stage.train.epochs else 0
         seed_all(run.seed, number, deterministic=self.job.deterministic)
+        # What is calibrated before the first epoch must not depend on what was read before this stage.
+        reshuffle(run.task.train, run.seed, number)
 
     def _task(self, number: int) -> Task:
         """What the network of a stage must do."""

@@ -25,6 +25,12 @@ def seed_all(*parts: object, deterministic: bool = True) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+def reshuffle(batches: Any, *parts: object) -> None:
+    """Give batches that can be told the order that belongs to the parts; others draw from the generators."""
+    if hasattr(batches, "reshuffle"):
+        batches.reshuffle(mix(*parts))
+
+
 def random_state() -> dict[str, Any]:
     """The state of all generators, as tensors and plain values."""
     kind, keys, place, has_gauss, gauss = np.random.get_state()  # noqa: NPY002

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from ..core.digests import mix
 from ..core.recipe import Train
 from ..core.run import Run
 from ..core.task import evaluate, move, read
@@ -25,7 +24,7 @@ from .loop import Hooks, Loop
 from .optim import build_optimizer, trained_parameters
 from .progress import Watcher
 from .records import RunDirectory
-from .seeds import random_state, restore_random_state, seed_all
+from .seeds import random_state, reshuffle, restore_random_state, seed_all
 
 
 @dataclass
@@ -75,8 +74,7 @@ class Training:
         run = self.run
         interrupted = random_state() if self.done else None
         seed_all(run.seed, run.stage, run.epoch, distributed.rank())
-        if hasattr(self.batches, "reshuffle"):
-            self.batches.reshuffle(mix(run.seed, run.stage, run.epoch))
+        reshuffle(self.batches, run.seed, run.stage, run.epoch)
         run.model.train()
         try:
             for batch in self._rest(interrupted):
