@@ -22,7 +22,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
 from rows import Row, Rows, Trained, alone, markdown, named, parser, spread, trained
 from torch import nn
 
@@ -31,6 +30,7 @@ from lilliput.core.recipe import ModelSettings, Stage, TaskSettings, Train
 from lilliput.core.task import Task
 from lilliput.engine.recipes import build_model, build_task
 from lilliput.io import load
+from lilliput.mechanisms.initializing import draw_fresh_weights
 
 HERE = Path(__file__).resolve().parent
 IMAGES = 10_000
@@ -162,11 +162,8 @@ def start(network: str, seed: int, epochs: int, work: Path) -> Trained:
 
 def from_scratch(like: nn.Module, seed: int) -> nn.Module:
     """A network as thin as ``like`` with new random weights; it gets the epochs of both trainings."""
-    torch.manual_seed(seed)  # a run that goes on begins from the same weights
     fresh = copy.deepcopy(like).train()
-    for module in fresh.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+    draw_fresh_weights(fresh, seed)
     return fresh
 
 

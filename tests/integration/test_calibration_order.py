@@ -52,7 +52,11 @@ def test_a_run_killed_between_stages_calibrates_on_the_same_batches(tmp_path: Pa
     def go(home: Path, *watchers: Any) -> Any:
         table = registry.load("task", "diabetes")()
         return compress(
-            network(inputs=10, classes=1), table, [TEACHER, student], directory=home, watchers=watchers
+            network(inputs=10, classes=1),
+            table,
+            [TEACHER, student],
+            directory=home,
+            watchers=watchers,
         )
 
     undisturbed = state(go(tmp_path / "undisturbed"))

@@ -19,12 +19,9 @@ from lilliput.core.types import Batch
 from lilliput.engine.progress import Watcher
 from lilliput.errors import InputError, ModelMismatch
 from lilliput.mechanisms.encodings import describe
+from lilliput.mechanisms.initializing import draw_fresh_weights
 from lilliput.methods import BornAgain, Codebook, FilterL1, Magnitude, SoftTargets
-from lilliput.methods.distill.born_again import (
-    confidence_weighted_loss,
-    draw_fresh_weights,
-    permuted,
-)
+from lilliput.methods.distill.born_again import confidence_weighted_loss, permuted
 from lilliput.testing.networks import NETWORKS, TinyNetwork
 
 MLP, CNN, _ = NETWORKS

@@ -6,11 +6,17 @@ method that replaces the weights afterwards would keep choices that were made fo
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
+import torch
 from torch import nn
 
+from ..core import registry
 from ..core.select import weights
 from ..errors import InputError
 from .encodings import Encoding
+from .surgery import apply_plan, plan_of
 
 
 def refuse_encoded(model: nn.Module, by: str) -> None:
@@ -42,3 +48,48 @@ def owner_of(tensor: str) -> str:
     """
     module, _, inside = tensor.partition(".parametrizations.")
     return module if inside else tensor.rpartition(".")[0]
+
+
+def draw_fresh_weights(model: nn.Module, seed: int) -> None:
+    """Give a model the random weights with which it could have begun, in place.
+
+    A registered architecture is built anew and cut as the model was; any other model's modules reset
+    themselves (``reset_parameters``).
+
+    Args:
+        model: without encodings.
+        seed: of the weights; torch's own generator is left alone.
+
+    Raises:
+        InputError: a module with parameters cannot reset itself; it is named.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        origin = getattr(model, "lilliput_origin", None)
+        fresh = _reset(model) if origin is None else _built_anew(model, origin)
+    model.load_state_dict(fresh.state_dict())
+
+
+def _built_anew(model: nn.Module, origin: dict[str, Any]) -> nn.Module:
+    build = registry.load("architecture", origin["architecture"])
+    fresh: nn.Module = build(**origin["arguments"])
+    plan = plan_of(model)
+    if plan is not None:
+        apply_plan(fresh, plan)
+    return fresh
+
+
+def _reset(model: nn.Module) -> nn.Module:
+    fresh = copy.deepcopy(model).cpu()
+    for name, module in reversed(list(fresh.named_modules())):  # parents have the last word
+        # Attention's has an underscore, and says what any other's says.
+        reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
+        if reset is not None:
+            reset()
+        elif module._parameters:
+            raise InputError(
+                f"new weights: {name or 'the network'!r} ({type(module).__name__}) has parameters of its own "
+                "and no reset_parameters() to draw them anew. Give it one, or start from a network that has "
+                "new weights already (in a recipe: model: ..., and reset: false)."
+            )
+    return fresh

@@ -17,8 +17,8 @@ from ...core.task import answer, evaluation, explain_mismatch
 from ...core.types import Batch
 from ...errors import InputError, ModelMismatch
 from ...mechanisms.encodings import bake
+from ...mechanisms.initializing import draw_fresh_weights
 from ...mechanisms.teacher import logits_of
-from .born_again import draw_fresh_weights
 
 
 def trainable(network: nn.Module) -> nn.Module:

@@ -24,24 +24,21 @@ where a smaller network is wanted, since all generations are equally large.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import PrivateAttr
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ...core import registry
 from ...core.digests import mix
 from ...core.registry import method
 from ...core.run import Run
 from ...core.schedule import LossWeight, weight_at
 from ...core.types import Change, Positive, Term
-from ...errors import InputError, ModelMismatch
+from ...errors import ModelMismatch
 from ...mechanisms.encodings import bake, describe
-from ...mechanisms.initializing import refuse_encoded
-from ...mechanisms.surgery import apply_plan, plan_of
+from ...mechanisms.initializing import draw_fresh_weights, refuse_encoded
 from ._responses import ResponseMethod
 from .soft_targets import soft_target_loss, soften
 
@@ -160,51 +157,6 @@ class BornAgain(ResponseMethod):
         note = f"encodings taken off: {', '.join(encoded)}" if encoded else ""
         name = type(run.model).__name__
         return Change(name, "weights", "trained", "drawn anew", self.method_name(), note)
-
-
-def draw_fresh_weights(model: nn.Module, seed: int) -> None:
-    """Give a model the random weights with which it could have begun, in place.
-
-    A registered architecture is built anew and cut as the model was; any other model's modules reset
-    themselves (``reset_parameters``).
-
-    Args:
-        model: without encodings.
-        seed: of the weights; torch's own generator is left alone.
-
-    Raises:
-        InputError: a module with parameters cannot reset itself; it is named.
-    """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        origin = getattr(model, "lilliput_origin", None)
-        fresh = _reset(model) if origin is None else _built_anew(model, origin)
-    model.load_state_dict(fresh.state_dict())
-
-
-def _built_anew(model: nn.Module, origin: dict[str, Any]) -> nn.Module:
-    build = registry.load("architecture", origin["architecture"])
-    fresh: nn.Module = build(**origin["arguments"])
-    plan = plan_of(model)
-    if plan is not None:
-        apply_plan(fresh, plan)
-    return fresh
-
-
-def _reset(model: nn.Module) -> nn.Module:
-    fresh = copy.deepcopy(model).cpu()
-    for name, module in reversed(list(fresh.named_modules())):  # parents have the last word
-        # Attention's has an underscore, and says what any other's says.
-        reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
-        if reset is not None:
-            reset()
-        elif module._parameters:
-            raise InputError(
-                f"born_again: {name or 'the network'!r} ({type(module).__name__}) has parameters of its own "
-                "and no reset_parameters() to draw them anew. Give it one, or give the stage a network of "
-                "its own (model: ...) and set reset to false."
-            )
-    return fresh
 
 
 def _labels(target: Any, student: Tensor) -> Tensor:
