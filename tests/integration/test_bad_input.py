@@ -18,6 +18,7 @@ import lilliput
 from lilliput import ArtifactSettings, Stage, Task, Train
 from lilliput.core.digests import weights_digest
 from lilliput.core.run import Run
+from lilliput.core.task import accuracy
 from lilliput.engine.checkpoint import load_tree
 from lilliput.engine.progress import Watcher
 from lilliput.engine.recipes import validate
@@ -331,6 +332,19 @@ def test_inputs_that_do_not_fit_the_model(model: nn.Module, with_method: bool) -
     stage = trained(Magnitude(sparsity=0.5)) if with_method else trained()
     with pytest.raises(ModelMismatch, match="cannot take the task's inputs"):
         lilliput.compress(model, CNN.task(), [stage])
+
+
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_a_single_sample_under_batch_normalization(with_teacher: bool) -> None:
+    inputs, labels = torch.randn(3, 8), torch.tensor([0, 1, 0])
+    batches = [(inputs[i : i + 1], labels[i : i + 1]) for i in range(3)]
+    student = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    task = Task(batches, batches, batches, loss=nn.functional.cross_entropy, score=accuracy)
+    before = weights_digest(student)
+    stage = trained(*([SoftTargets(teacher=nn.Linear(8, 2))] if with_teacher else []))
+    with pytest.raises(ModelMismatch, match="needs at least two samples a batch.*drop_last=True"):
+        lilliput.compress(student, task, [stage])
+    assert weights_digest(student) == before
 
 
 def test_loss_that_is_not_one_number(model: nn.Module) -> None:

@@ -162,7 +162,15 @@ def answer(model: Callable[..., Any], inputs: Any) -> Any:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise ModelMismatch(f"the model cannot take the task's inputs: {error}") from error
+        advice = _LONELY if "Expected more than 1 value per channel" in str(error) else ""
+        raise ModelMismatch(f"the model cannot take the task's inputs: {error}{advice}") from error
+
+
+#: A batch of one sample has no statistics of its own; torch refuses it.
+_LONELY = (
+    ". In training, batch normalization needs at least two samples a batch: take larger batches, or leave out "
+    "the last one where a single sample is left over (DataLoader: drop_last=True)."
+)
 
 
 @torch.no_grad()
