@@ -342,7 +342,7 @@ def test_a_single_sample_under_batch_normalization(with_teacher: bool) -> None:
     task = Task(batches, batches, batches, loss=nn.functional.cross_entropy, score=accuracy)
     before = weights_digest(student)
     stage = trained(*([SoftTargets(teacher=nn.Linear(8, 2))] if with_teacher else []))
-    with pytest.raises(ModelMismatch, match="needs at least two samples a batch.*drop_last=True"):
+    with pytest.raises(ModelMismatch, match=r"needs at least two samples a batch.*drop_last=True"):
         lilliput.compress(student, task, [stage])
     assert weights_digest(student) == before
 
