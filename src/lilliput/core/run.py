@@ -32,12 +32,14 @@ class Player:
         optimizer: over its parameters.
         lr: its learning rate at the peak of the stage's schedule, which it follows.
         name: for error messages.
+        clip: largest norm of its gradient, that of the stage; None for any.
     """
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     lr: float
     name: str
+    clip: float | None = None
 
     def descend(self, loss: Tensor) -> None:
         """One step of the player's optimizer.
@@ -53,7 +55,15 @@ class Player:
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.clip is not None:
+            clip_gradient(self.optimizer, self.clip)
         self.optimizer.step()
+
+
+def clip_gradient(optimizer: torch.optim.Optimizer, norm: float) -> None:
+    """Shorten the gradient of all that an optimizer moves to a norm, where it is longer."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, norm)
 
 
 @dataclass

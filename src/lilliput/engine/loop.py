@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from ..core.method import Method, overrides
 from ..core.recipe import Train
-from ..core.run import Run
+from ..core.run import Run, clip_gradient
 from ..core.task import answer, explain_mismatch
 from ..core.types import Batch, Term
 from ..errors import Diverged, InputError, ModelMismatch
@@ -176,8 +176,7 @@ class Loop:
 
     def _move(self, optimizer: torch.optim.Optimizer) -> None:
         if self.train.clip is not None:
-            parameters = [p for g in optimizer.param_groups for p in g["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.train.clip)
+            clip_gradient(optimizer, self.train.clip)
         if self.scaler is None:
             optimizer.step()
             return

@@ -51,7 +51,10 @@ class Training:
     def __post_init__(self) -> None:
         run, train = self.run, self.train
         if train.channels_last:
-            run.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for network in (run.model, *(player.network for player in run.players.values())):
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for player in run.players.values():
+            player.clip = train.clip
         hooks = Hooks(run.methods)
         self.batches: Iterable[Any] = run.task.train
         for hook in hooks.data:
