@@ -3,6 +3,7 @@
     python benchmarks/channels.py resnet20               # all rows, three seeds
     python benchmarks/channels.py resnet56 --jobs 2
     python benchmarks/channels.py resnet20 --only taylor --seeds 0
+    python benchmarks/channels.py resnet56 --only dense teacher --epochs 20
     python benchmarks/channels.py resnet20 --table       # only print
 
 The published weights are first fine-tuned on the data at hand; that network is where every row starts. Then
@@ -33,7 +34,7 @@ from lilliput.io import load
 from lilliput.mechanisms.initializing import draw_fresh_weights
 
 HERE = Path(__file__).resolve().parent
-IMAGES = 10_000
+IMAGES, EPOCHS = 10_000, 6
 WEIGHTS = {
     "resnet20": "$LILLIPUT_DATA/cifar10-resnet/resnet20-12fca82f.th",
     "resnet56": "$LILLIPUT_DATA/cifar10-resnet/resnet56-4bfd9763.th",
@@ -153,11 +154,11 @@ def task() -> Task:
     return build_task(TaskSettings(name="cifar10", arguments=arguments))
 
 
-def start(network: str, seed: int, epochs: int, work: Path) -> Trained:
+def start(network: str, seed: int, work: Path) -> Trained:
     """The published network, fine-tuned on the data at hand; each seed has its own."""
     published = build_model(ModelSettings(architecture=network, weights=WEIGHTS[network]))
     home = named(work, network, seed, "start")
-    return trained(published, task(), [Stage(train=train(epochs))], directory=home, seed=seed)
+    return trained(published, task(), [Stage(train=train(EPOCHS))], directory=home, seed=seed)
 
 
 def from_scratch(like: nn.Module, seed: int) -> nn.Module:
@@ -169,16 +170,21 @@ def from_scratch(like: nn.Module, seed: int) -> nn.Module:
 
 def do(job: Row, network: str, work: Path) -> Row:
     row, budget, seed, epochs = (job[k] for k in ("row", "budget", "seed", "epochs"))
-    dense = start(network, seed, epochs, work).model
-    home = named(work, network, seed, row, budget)
+    dense = start(network, seed, work).model
+    home = home_of(job, network, work)
     if row == "from scratch":
-        thin = load(named(work, network, seed, "filter_l1", budget) / "model.safetensors")
+        thin = load(home_of({**job, "row": "filter_l1"}, network, work) / "model.safetensors")
         plan, model = [Stage(train=train(2 * epochs, RATE_FROM_SCRATCH))], from_scratch(thin, seed)
     else:
         plan, model = stages(row, budget, epochs), dense
     figures = compress(model, task(), plan, directory=home, seed=seed).figures
     kept = ("score", "baseline_score", "validation", "parameters", "macs", "bytes", "latency_ratio")
     return {**{name: figures[name] for name in kept}, "widths": widths(home)}
+
+
+def home_of(job: Row, network: str, work: Path) -> Path:
+    longer = [job["epochs"]] if job["epochs"] != EPOCHS else []
+    return named(work, network, job["seed"], job["row"], job["budget"], *longer)
 
 
 def widths(home: Path) -> dict[str, list[int]]:
@@ -197,7 +203,7 @@ def widths(home: Path) -> dict[str, list[int]]:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("network", choices=sorted(WEIGHTS))
-    options.add_argument("--epochs", type=int, default=6)
+    options.add_argument("--epochs", type=int, default=EPOCHS, help="of a row")
     chosen = options.parse_args()
     done = Rows(HERE / "results" / f"channels_{chosen.network}.json", images=IMAGES)
     if not chosen.table:
@@ -207,7 +213,7 @@ def main() -> None:
 
 def run_all(done: Rows, options: argparse.Namespace) -> None:
     for seed in options.seeds:
-        alone(start, options.network, seed, options.epochs, options.work)
+        alone(start, options.network, seed, options.work)
         jobs = [
             {"row": row, "budget": budget, "seed": seed, "epochs": options.epochs}
             for row, budget in rows(options.network)
@@ -219,13 +225,19 @@ def run_all(done: Rows, options: argparse.Namespace) -> None:
 
 
 def table(network: str, done: list[Row]) -> str:
-    dense = {r["seed"]: r for r in done if r["row"] == "dense"}
-    lines = []
+    head = ("row", "MACs", "parameters", "accuracy, %", "to dense")
+    lengths = sorted({r["epochs"] for r in done})
+    lines = [line for epochs in lengths for line in lines_of(network, done, epochs)]
+    return markdown(head, lines)
+
+
+def lines_of(network: str, done: list[Row], epochs: int) -> Iterator[tuple[str, ...]]:
+    """The rows with as many epochs, compared with the dense network that trained as long."""
+    alike = [r for r in done if r["epochs"] == epochs]
+    dense = {r["seed"]: r for r in alike if r["row"] == "dense"}
     for row, budget in rows(network):
-        found = [r for r in done if (r["row"], r["budget"]) == (row, budget)]
-        if found:
-            lines.append(line(row, found, dense))
-    return markdown(("row", "MACs", "parameters", "accuracy, %", "to dense"), lines)
+        if found := [r for r in alike if (r["row"], r["budget"]) == (row, budget)]:
+            yield line(row if epochs == EPOCHS else f"{row}, {epochs} epochs", found, dense)
 
 
 def line(row: str, found: list[Row], dense: dict[int, Row]) -> tuple[str, ...]:

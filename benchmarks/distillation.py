@@ -105,7 +105,7 @@ def fashion_teacher(seed: int, work: Path) -> Trained:
 
 
 def cifar_teacher(seed: int, work: Path) -> Trained:
-    return channels.start("resnet20", seed, 6, work)
+    return channels.start("resnet20", seed, work)
 
 
 _BY_DEPTH = {"relu1_1": "relu1_2", "relu2_1": "relu2_2", "relu3_1": "relu3_2"}

@@ -97,7 +97,7 @@ def dense_lenet(seed: int, work: Path) -> Trained:
 
 
 def dense_resnet(seed: int, work: Path) -> Trained:
-    return channels.start("resnet20", seed, 6, work)
+    return channels.start("resnet20", seed, work)
 
 
 _LENET = {"conv1": 0.34, "conv2": 0.88, "fc1": 0.93, "fc2": 0.81}
