@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rows import Row, Rows, Trained, alone, markdown, named, parser, spread, trained
+from rows import Row, Rows, Trained, alone, change, markdown, named, parser, spread, trained
 from torch import nn
 
 from lilliput.api import compress
@@ -249,8 +249,8 @@ def line(row: str, found: list[Row], dense: dict[int, Row]) -> tuple[str, ...]:
     def share(name: str) -> str:
         return f"{100 * mean(r[name] / d[name] for r, d in pairs):.0f} %" if pairs else ""
 
-    change = f"{mean(r['score'] - d['score'] for r, d in pairs):+.2f}" if pairs else ""
-    return row, share("macs"), share("parameters"), spread([r["score"] for r in found]), change
+    score, apart = spread([r["score"] for r in found]), change(found, list(dense.values()))
+    return row, share("macs"), share("parameters"), score, apart
 
 
 if __name__ == "__main__":

@@ -26,11 +26,10 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
-from rows import Row, Rows, Trained, alone, markdown, named, parser, seeded, spread, trained
+from rows import Row, Rows, Trained, alone, change, markdown, named, parser, seeded, spread, trained
 from torch import Tensor, nn
 
 import lilliput
@@ -147,7 +146,7 @@ def main() -> None:
 
 
 def table(done: list[Row]) -> str:
-    without = {r["seed"]: r["score"] for r in done if r["row"] == "alone"}
+    without = [r for r in done if r["row"] == "alone"]
     rows = [(row, [r for r in done if r["row"] == row]) for row in ("teacher", "alone", *ROWS)]
     classes = list(done[0]["precision"]) if done else []
     head = ("row", "mAP, %", "to the student alone", *(f"{name}, %" for name in classes))
@@ -155,15 +154,11 @@ def table(done: list[Row]) -> str:
     return markdown((*head, "platelets proposed, %", "paper, VOC 2007"), lines)
 
 
-def line(
-    row: str, found: list[Row], without: dict[int, float], classes: list[str]
-) -> tuple[str, ...]:
-    pairs = [r["score"] - without[r["seed"]] for r in found if r["seed"] in without]
-    change = f"{mean(pairs):+.1f}" if pairs else ""
+def line(row: str, found: list[Row], without: list[Row], classes: list[str]) -> tuple[str, ...]:
     own = [spread([r["precision"][name] for r in found], 1) for name in classes]
     seen = spread([r["proposed"][PLATELETS] for r in found], 0)
     score = spread([r["score"] for r in found], 1)
-    return row, score, change, *own, seen, PAPER.get(row, "")
+    return row, score, change(found, without, digits=1), *own, seen, PAPER.get(row, "")
 
 
 if __name__ == "__main__":

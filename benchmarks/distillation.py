@@ -28,12 +28,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import channels
 import torch
-from rows import Row, Rows, Trained, alone, markdown, named, parser, seeded, spread, trained
+from rows import Row, Rows, Trained, alone, change, markdown, named, parser, seeded, spread, trained
 from torch import nn
 
 import lilliput
@@ -279,14 +278,11 @@ def run_all(done: Rows, options: argparse.Namespace) -> None:
 
 
 def table(done: list[Row]) -> str:
-    without = {r["seed"]: r["score"] for r in done if r["row"] == "alone"}
+    without = [r for r in done if r["row"] == "alone"]
     lines = []
     for row in ("teacher", *PLANS):
-        found = [r for r in done if r["row"] == row]
-        pairs = [r["score"] - without[r["seed"]] for r in found if r["seed"] in without]
-        if found:
-            change = f"{mean(pairs):+.2f}" if pairs else ""
-            lines.append((row, spread([r["score"] for r in found]), change))
+        if found := [r for r in done if r["row"] == row]:
+            lines.append((row, spread([r["score"] for r in found]), change(found, without)))
     return markdown(("row", "accuracy, %", "to the student alone"), lines)
 
 

@@ -39,7 +39,7 @@ from statistics import mean
 from typing import Any
 
 import channels
-from rows import Row, Rows, Trained, alone, markdown, named, parser, seeded, spread, trained
+from rows import Row, Rows, Trained, alone, change, markdown, named, parser, seeded, spread, trained
 
 import lilliput
 from lilliput.api import compress
@@ -229,16 +229,14 @@ def run_all(done: Rows, options: argparse.Namespace) -> None:
 
 
 def table(done: list[Row]) -> str:
-    dense = {r["seed"]: r["score"] for r in done if r["row"] == "dense"}
+    dense = [r for r in done if r["row"] == "dense"]
     lines = []
     for row in PLANS:
-        found = [r for r in done if r["row"] == row]
-        pairs = [r["score"] - dense[r["seed"]] for r in found if r["seed"] in dense]
-        if found:
-            change = f"{mean(pairs):+.2f}" if pairs else ""
+        if found := [r for r in done if r["row"] == row]:
             size = f"{mean(r['bytes'] for r in found):,.0f}"
             ratio = f"{mean(r['size_ratio'] for r in found):.1f}x"
-            lines.append((row, spread([r["score"] for r in found]), change, size, ratio))
+            score = spread([r["score"] for r in found])
+            lines.append((row, score, change(found, dense), size, ratio))
     return markdown(("row", "accuracy, %", "to dense", "bytes on disk", "smaller"), lines)
 
 

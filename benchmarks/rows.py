@@ -133,6 +133,15 @@ def spread(values: list[float], digits: int = 2) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
+def change(
+    found: list[Row], without: list[Row], name: str = "score", digits: int = 2, sign: int = 1
+) -> str:
+    """How far rows lie from others of the same seeds in the mean; nothing where no seed is in both."""
+    reference = {row["seed"]: row[name] for row in without}
+    apart = [sign * (r[name] - reference[r["seed"]]) for r in found if r["seed"] in reference]
+    return f"{mean(apart):+.{digits}f}" if apart else ""
+
+
 def markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     """A table: the first column is text, the others are figures."""
     names = list(head)

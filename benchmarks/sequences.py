@@ -29,10 +29,9 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from rows import Row, Rows, Trained, alone, markdown, named, parser, seeded, spread, trained
+from rows import Row, Rows, Trained, alone, change, markdown, named, parser, seeded, spread, trained
 from torch import Tensor, nn
 
 import lilliput
@@ -250,17 +249,13 @@ def main() -> None:
 def table(part: Part, done: list[Row]) -> str:
     """Figures, and how they differ from those of the student that learns without a teacher."""
     baseline = "alone" if part.sign < 0 else "labels"
-    without = {r["seed"]: r["score"] for r in done if r["row"] == baseline}
+    without = [r for r in done if r["row"] == baseline]
     lines = []
     for row in part.rows:
-        found = [r for r in done if r["row"] == row]
-        pairs = [
-            part.sign * (r["score"] - without[r["seed"]]) for r in found if r["seed"] in without
-        ]
-        if found:
-            change = f"{mean(pairs):+.{part.digits}f}" if pairs else ""
-            figures = [part.sign * r["score"] for r in found]
-            lines.append((row, spread(figures, part.digits), change))
+        if found := [r for r in done if r["row"] == row]:
+            figure = spread([part.sign * r["score"] for r in found], part.digits)
+            apart = change(found, without, digits=part.digits, sign=part.sign)
+            lines.append((row, figure, apart))
     return markdown(("row", part.figure, "to the student alone"), lines)
 
 

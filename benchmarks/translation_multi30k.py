@@ -32,11 +32,11 @@ from __future__ import annotations
 import functools
 import time
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import torch
-from rows import Row, Rows, Trained, alone, markdown, named, parser, seeded, spread, trained
+from rows import Row, Rows, Trained, alone, change, markdown, named, parser, seeded, spread, trained
 from torch import Tensor, nn
 
 import lilliput
@@ -171,20 +171,20 @@ def main() -> None:
 
 def table(done: list[Row]) -> str:
     rows = [(row, [r for r in done if r["row"] == row]) for row in ("teacher", *ROWS)]
-    without = {r["seed"]: r for r in done if r["row"] == "alone"}
+    without = [r for r in done if r["row"] == "alone"]
     head = ("BLEU, greedy", "to alone", "BLEU, beam 5", "to alone", "tokens right, %", "speed")
     return markdown(("row", *head), [line(row, found, without) for row, found in rows if found])
 
 
-def line(row: str, found: list[Row], without: dict[int, Row]) -> tuple[str, ...]:
-    def change(name: str) -> str:
-        pairs = [r[name] - without[r["seed"]][name] for r in found if r["seed"] in without]
-        return f"{mean(pairs):+.2f}" if pairs else ""
-
+def line(row: str, found: list[Row], without: list[Row]) -> tuple[str, ...]:
     def told(name: str, digits: int = 2) -> str:
         return spread([r[name] for r in found], digits)
 
-    both = [cell for name in ("bleu_greedy", "bleu_beam") for cell in (told(name), change(name))]
+    both = [
+        cell
+        for name in ("bleu_greedy", "bleu_beam")
+        for cell in (told(name), change(found, without, name))
+    ]
     return row, *both, told("score", 1), told("speed", 1)
 
 

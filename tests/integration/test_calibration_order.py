@@ -65,7 +65,7 @@ def test_a_run_killed_between_stages_calibrates_on_the_same_batches(tmp_path: Pa
     assert equal(state(go(tmp_path / "killed")), undisturbed)
 
 
-@pytest.mark.parametrize("method", ["thinet", "taylor", "apoz"])
+@pytest.mark.parametrize("method", ["thinet", "apoz"])
 def test_a_task_that_was_read_before_is_calibrated_alike(method: str, tmp_path: Path) -> None:
     def go(home: Path, task: Task) -> Any:
         pruned = Stage(methods=[{"method": method, "keep": 0.5, "round_to": 1, "samples": 64}])

@@ -52,6 +52,7 @@ def test_threshold_by_hand() -> None:
     mean, deviation = 2.0, (2 / 3) ** 0.5
     assert threshold(weight, 1.5) == pytest.approx(mean + 1.5 * deviation)
     assert threshold(weight, -10.0) == 0.0
+    assert threshold(torch.zeros(4), 1.0) == 0.0
 
 
 def test_between_the_thresholds_both_states_stay() -> None:
@@ -150,9 +151,8 @@ def test_masks_are_final_behind_the_stop() -> None:
 
 def test_changes_become_rare() -> None:
     steps = Steps()
-    run(
-        steps, gamma=1e9, power=5.0
-    )  # the first step has probability 1, every later one next to none
+    # The first step has probability 1, every later one next to none.
+    run(steps, gamma=1e9, power=5.0)
     first = steps.masks[0]
     assert any(bool((~mask).any()) for mask in first)
     assert all(map(torch.equal, steps.masks[-1], first))

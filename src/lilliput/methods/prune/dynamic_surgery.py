@@ -55,6 +55,8 @@ def threshold(weight: Tensor, deviations: float) -> float:
         2.5
     """
     known = weight.abs()[weight != 0].double()
+    if not known.numel():  # weights that begin at zero, such as the last ones of a residual block
+        return 0.0
     return max(float(known.mean() + deviations * known.std(correction=0)), 0.0)
 
 
@@ -123,7 +125,6 @@ class DynamicSurgery(LayerMethod):
         put_masks(chosen)
         for weight in chosen:
             mask_of(weight).policy = "straight_through"
-            mask_of(weight).forget()
         if not run.total_steps:
             self._operate(run, chosen)
 
@@ -143,7 +144,6 @@ class DynamicSurgery(LayerMethod):
         chosen = self.weights(run.model)
         for weight in chosen:
             mask_of(weight).policy = "hard"
-            mask_of(weight).forget()
         reapply(stored_masks(run.model))
         if self.remove_dead:
             remove_dead_connections(run, chosen)
