@@ -16,7 +16,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from rows import Row, Rows, Trained, alone, markdown, named, parser, seeded, spread, trained
+from rows import Row, Rows, Trained, markdown, named, parser, seeded, spread, trained
 from torch import nn
 
 import lilliput
@@ -89,11 +89,9 @@ def shown(found: Trained) -> Row:
 def main() -> None:
     options = parser(__doc__).parse_args()
     done = Rows(HERE / "results" / "data_free_mnist.json", paper=PAPER)
-    for seed in [] if options.table else options.seeds:
-        alone(teacher, seed, options.work)
-        rows = [r for r in ("teacher", *PLANS) if any(part in r for part in options.only)]
-        jobs = [{"row": row, "seed": seed} for row in rows]
-        done.run(jobs, functools.partial(do, work=options.work), options.jobs)
+    if not options.table:
+        jobs = [{"row": row} for row in ("teacher", *PLANS)]
+        done.run_seeds(options, jobs, do, first=teacher)
     print(table(done.read()))
 
 

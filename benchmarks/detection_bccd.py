@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import Row, Rows, Trained, alone, change, markdown, named, parser, seeded, spread, trained
+from rows import Row, Rows, Trained, change, markdown, named, parser, seeded, spread, trained
 from torch import Tensor, nn
 
 import lilliput
@@ -134,14 +134,9 @@ def proposed(model: Any) -> dict[str, float]:
 def main() -> None:
     options = parser(__doc__).parse_args()
     done = Rows(HERE / "results" / "detection_bccd.json", paper=PAPER)
-    for seed in [] if options.table else options.seeds:
-        alone(teacher, seed, options.work)
-        jobs = [
-            {"row": row, "seed": seed, "epochs": EPOCHS}
-            for row in ("teacher", "alone", *ROWS)
-            if any(part in row for part in options.only)
-        ]
-        done.run(jobs, functools.partial(do, work=options.work), options.jobs)
+    if not options.table:
+        jobs = [{"row": row, "epochs": EPOCHS} for row in ("teacher", "alone", *ROWS)]
+        done.run_seeds(options, jobs, do, first=teacher)
     print(table(done.read()))
 
 

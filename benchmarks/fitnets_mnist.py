@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from pydantic import PrivateAttr
-from rows import Row, Rows, Trained, alone, markdown, named, parser, seeded, spread, trained
+from rows import Row, Rows, Trained, markdown, named, parser, seeded, spread, trained
 from torch import Tensor, nn
 
 from lilliput import Stage, Task, Train
@@ -154,11 +154,9 @@ def do(job: Row, work: Path) -> Row:
 def main() -> None:
     options = parser(__doc__).parse_args()
     done = Rows(HERE / "results" / "fitnets_mnist.json", paper=PAPER)
-    for seed in [] if options.table else options.seeds:
-        alone(teacher, seed, options.work)
-        rows = [row for row in PAPER if any(part in row for part in options.only)]
-        jobs = [{"row": row, "seed": seed} for row in rows]
-        done.run(jobs, functools.partial(do, work=options.work), options.jobs)
+    if not options.table:
+        jobs = [{"row": row} for row in PAPER]
+        done.run_seeds(options, jobs, do, first=teacher)
     print(table(done.read()))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import Row, Rows, alone, markdown, named, parser, seeded, spread, trained
+from rows import Row, Rows, markdown, named, parser, seeded, spread, trained
 from torch import Tensor, nn
 
 import lilliput
@@ -88,6 +88,11 @@ def model_of(row: str, seed: int, work: Path) -> nn.Module:
     return unseen if row == "taught, no 3 seen" else corrected(seed, work, unseen)
 
 
+def prepare(seed: int, work: Path) -> None:
+    """The network that two rows share; its teacher is that of all."""
+    model_of("taught, no 3 seen", seed, work)
+
+
 def do(job: Row, work: Path) -> Row:
     model = model_of(job["row"], job["seed"], work)
     wrong = errors(model, mnist().test)
@@ -112,12 +117,9 @@ def errors(model: nn.Module, batches: Any) -> list[int]:
 def main() -> None:
     options = parser(__doc__).parse_args()
     done = Rows(HERE / "results" / "hinton_mnist.json", paper=PAPER)
-    for seed in [] if options.table else options.seeds:
-        alone(teacher, seed, options.work)
-        alone(model_of, "taught, no 3 seen", seed, options.work)
-        rows = [row for row in PAPER if any(part in row for part in options.only)]
-        jobs = [{"row": row, "seed": seed, "epochs": EPOCHS} for row in rows]
-        done.run(jobs, functools.partial(do, work=options.work), options.jobs)
+    if not options.table:
+        jobs = [{"row": row, "epochs": EPOCHS} for row in PAPER]
+        done.run_seeds(options, jobs, do, first=prepare)
     print(table(done.read()))
 
 

@@ -7,6 +7,7 @@ lie in a JSON file; the file is written anew after each of them, so that a kille
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import traceback
@@ -48,6 +49,27 @@ class Rows:
         with ProcessPoolExecutor(processes, initializer=settle) as pool:
             for done in as_completed([pool.submit(attempt, do, job) for job in missing]):
                 self.keep(done.result())
+
+    def run_seeds(
+        self,
+        options: argparse.Namespace,
+        jobs: Iterable[Row],
+        do: Callable[..., Row],
+        first: Callable[..., Any],
+    ) -> None:
+        """For each seed what its rows start from, then those of the jobs whose row is asked for.
+
+        Args:
+            options: of :func:`parser`.
+            jobs: settings of the rows, without the seed.
+            do: ``do(job, work=...)``.
+            first: ``first(seed, work)``.
+        """
+        for seed in options.seeds:
+            alone(first, seed, options.work)
+            wanted = [j for j in jobs if any(part in j["row"] for part in options.only)]
+            seeds_own = [{**job, "seed": seed} for job in wanted]
+            self.run(seeds_own, functools.partial(do, work=options.work), options.jobs)
 
     def keep(self, row: Row) -> None:
         print(", ".join(f"{k} {v}" for k, v in row.items() if not isinstance(v, dict)), flush=True)

@@ -54,6 +54,23 @@ def test_a_row_that_fails_is_told_and_the_others_are_done(tmp_path: Path, capsys
     assert table.read() == [{"n": 5, "squared": 25}]
 
 
+def begin(seed: int, work: Path) -> None:
+    (work / f"begun {seed}").touch()
+
+
+def begun(job: rows.Row, work: Path) -> rows.Row:
+    return {"begun": (work / f"begun {job['seed']}").exists()}
+
+
+def test_every_seed_begins_and_then_does_what_is_asked_for(tmp_path: Path) -> None:
+    arguments = ["--seeds", "3", "4", "--only", "ab", "--work", str(tmp_path)]
+    table = rows.Rows(tmp_path / "table.json")
+    jobs = [{"row": "cab"}, {"row": "other"}, {"row": "ab, too"}]
+    table.run_seeds(rows.parser("").parse_args(arguments), jobs, begun, first=begin)
+    found = [(row["seed"], row["row"], row["begun"]) for row in table.read()]
+    assert sorted(found) == [(seed, row, True) for seed in (3, 4) for row in ("ab, too", "cab")]
+
+
 def test_a_finished_run_is_read_and_not_done_again(tmp_path: Path) -> None:
     def train() -> rows.Trained:
         stage = Stage(train=Train(epochs=1, lr=0.01))
