@@ -12,6 +12,7 @@ never rises above the error of that solution.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -94,6 +95,12 @@ def draw(
     return sample, torch.stack(places, dim=1)
 
 
+def everywhere(sizes: list[int], batch: int) -> tuple[Tensor, Tensor]:
+    """Every position of every entry of the batch, in the form of :func:`draw`."""
+    places = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).view(-1, len(sizes))
+    return torch.arange(batch).repeat_interleave(len(places)), places.repeat(batch, 1)
+
+
 @torch.no_grad()
 def visit_rows(
     model: nn.Module,
@@ -102,6 +109,7 @@ def visit_rows(
     per_sample: int,
     generator: torch.Generator,
     use: Callable[[str, Tensor], None],
+    once: bool = False,
 ) -> None:
     """Run the model over calibration batches, in eval mode, and hand on rows of some layers' inputs.
 
@@ -115,13 +123,18 @@ def visit_rows(
         per_sample: positions for each sample of a batch.
         generator: draws the positions: the same for the same seed.
         use: called with the layer's name and its :func:`rows`.
+        once: take each position once where there are no more than ``per_sample``.
     """
 
     def hook(name: str) -> Callable[..., None]:
         def look(layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             inputs = args[0] if args else keywords["input"]
             inputs = _batched(layer, inputs)
-            sample, place = draw(output_sizes(layer, inputs), len(inputs), per_sample, generator)
+            sizes = output_sizes(layer, inputs)
+            if once and math.prod(sizes) <= per_sample:
+                sample, place = everywhere(sizes, len(inputs))
+            else:
+                sample, place = draw(sizes, len(inputs), per_sample, generator)
             use(name, rows(layer, inputs, sample.to(inputs.device), place.to(inputs.device)))
 
         return look
