@@ -1,4 +1,4 @@
-"""How a weight is stored while it trains: mask, codebook.
+"""How a weight is stored while it trains: mask, codebook, weights left out.
 
 An encoding is a torch parametrization: the layer keeps its attribute ``weight``, every other part of
 torch sees an ordinary tensor, and what trains is the encoding's original. Encodings stack: whatever
@@ -43,6 +43,9 @@ class Encoding(nn.Module):
     def right_inverse(self, value: Tensor) -> Tensor:
         """What trains, computed from the value that the weight has now; called by torch."""
         return value
+
+    def note(self, original: Tensor) -> None:
+        """Remember what trains now, for :meth:`right_inverse`: the stack is built anew."""
 
     def forget(self) -> None:
         """Drop what was computed from the buffers: they were loaded, or cut by surgery."""
@@ -182,6 +185,10 @@ class Codebook(Encoding):
         """How many centroids there are."""
         return {"clusters": len(self._start)}
 
+    def note(self, original: Tensor) -> None:
+        """The centroids have trained."""
+        self._start = original.detach().clone()
+
     def right_inverse(self, value: Tensor) -> Tensor:
         """The centroids are what trains."""
         return self._start.to(value)
@@ -217,17 +224,57 @@ class Codebook(Encoding):
         self._members = None
 
 
+class LeftOut(Encoding):
+    """Weights that count as zero in training, at one step, and as they are otherwise.
+
+    They get no gradient at that step. In eval mode, and in every file, nothing is left out.
+
+    Args:
+        left_out: bool, in the weight's shape.
+    """
+
+    kind = "left_out"
+    depth = 20
+    left_out: Tensor
+
+    def __init__(self, left_out: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("left_out", left_out.bool())
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The effective weight."""
+        return value.masked_fill(self.left_out, 0.0) if self.training else value
+
+
 #: Where a module remembers the order of its parameters while an encoding holds one of them.
 _ORDER = "_lilliput_parameter_order"
 
-KINDS: dict[str, type[Encoding]] = {cls.kind: cls for cls in (Mask, Codebook)}
+KINDS: dict[str, type[Encoding]] = {cls.kind: cls for cls in (Mask, Codebook, LeftOut)}
 
 
 def encode(weight: Weight, encoding: Encoding) -> None:
     """Put an encoding on a weight, at its place in the stack; one of the same kind is replaced."""
-    kept = [e for e in weight.encodings() if e.kind != encoding.kind]
-    stack = sorted([*kept, encoding], key=lambda e: e.depth)
+    _restack(weight, [*_without(weight, encoding.kind), encoding])
+
+
+def take_off(weight: Weight, kind: type[Encoding]) -> None:
+    """Take one kind of encoding off; what is beneath and above it stays."""
+    _restack(weight, _without(weight, kind.kind))
+
+
+def _without(weight: Weight, kind: str) -> list[Encoding]:
+    return [e for e in weight.encodings() if e.kind != kind]
+
+
+def _restack(weight: Weight, encodings: list[Encoding]) -> None:
+    """Let a weight have these encodings; the innermost goes on from where it was."""
+    stack = sorted(encodings, key=lambda e: e.depth)
+    for part in stack:
+        if part.innermost and part in weight.encodings():
+            part.note(original_of(weight))
     strip(weight)
+    if not stack:
+        return
     _own_class(weight.module)
     _note_order(weight.module)
     for place, part in enumerate(stack):
@@ -323,6 +370,8 @@ def _empty(weight: Weight, settings: dict[str, Any]) -> Encoding:
         return Codebook(
             torch.ones_like(like, dtype=torch.int32), like.new_zeros(settings["clusters"])
         )
+    if kind == "left_out":
+        return LeftOut(torch.zeros_like(like, dtype=torch.bool))
     raise UnknownName("encoding", kind, KINDS)
 
 
