@@ -74,7 +74,7 @@ def test_ramps() -> None:
 def test_important_weights_are_never_left_out_and_others_as_often_as_stated() -> None:
     torch.manual_seed(0)
     _, seen = run(epochs=30, rate=0.4)
-    before = [original for original in seen.stored[:-1]]  # what the next step chose from
+    before = seen.stored[:-1]  # what the next step chose from
     shares = []
     for left_out, stored in zip(seen.left_out[1:], before, strict=True):
         assert not (left_out & ~candidate_weights(stored, 0.5)).any()

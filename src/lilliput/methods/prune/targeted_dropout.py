@@ -2,8 +2,8 @@
 
 Paper: Targeted Dropout (Gomez, Zhang, Swersky, Gal, Hinton; NeurIPS Workshop on Compact Deep Neural Networks
 2018)
-Paper: Learning Sparse Networks Using Targeted Dropout (Gomez, Zhang, Kamalakara, Madaan, Swersky, Gal, Hinton;
-2019; arXiv 1905.13678)
+Paper: Learning Sparse Networks Using Targeted Dropout (Gomez, Zhang, Kamalakara, Madaan, Swersky, Gal,
+Hinton; 2019; arXiv 1905.13678)
 
 At every step the weights that pruning would take are *candidates*, and each is left out with probability
 alpha (``rate``). Candidates are the fraction gamma (``sparsity``) of smallest magnitude
@@ -19,8 +19,8 @@ With ``ramp``, gamma grows on a straight line to 0.95 of its value over the firs
 stage and to its value over the second, while alpha grows over both.
 
 Faithful: candidates, probability, no scaling, ramps. Differs: exactly ``round(gamma * n)`` of n are
-candidates, where the authors' code takes what lies strictly below a threshold; a unit is left out whole, as the
-paper says, where that code draws every weight of a candidate unit by itself. Biases are never left out.
+candidates, where the authors' code takes what lies strictly below a threshold; a unit is left out whole,
+as the paper says, where that code draws every weight of a candidate unit by itself. Biases are never left out.
 
 The surprising rule: the loss in training is that of a damaged network; validation sees the whole one, and the
 stage's figures the pruned one.
