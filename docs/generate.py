@@ -16,6 +16,7 @@ FAMILIES = {
     "prune": "remove weights or channels",
     "quantize": "fewer values",
     "grow": "start from an earlier network",
+    "multitask": "several tasks in one network",
 }
 
 

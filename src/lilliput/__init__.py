@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .core.task import Task, accuracy
     from .io import load, save
     from .measure import measure
+    from .mechanisms.packing import remove_task, switch, tasks_of
     from .thinning import thin
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ _HOMES = {
     "core.registry": ("architecture", "method", "task"),
     "core.task": ("Task", "accuracy"),
     "io": ("load", "save"),
+    "mechanisms.packing": ("remove_task", "switch", "tasks_of"),
     "thinning": ("thin",),
 }
 _MODULES = ("artifact", "methods", "measure", "errors", "testing")
@@ -49,9 +51,12 @@ __all__ = [
     "measure",
     "method",
     "methods",
+    "remove_task",
     "run_recipe",
     "save",
+    "switch",
     "task",
+    "tasks_of",
     "thin",
 ]
 

@@ -28,7 +28,9 @@ from .errors import (
     UnsupportedArtifact,
 )
 from .measure import effective_state
+from .mechanisms import packed
 from .mechanisms.encodings import Codebook, encoding_of, original_of
+from .mechanisms.packing import fit, set_pack, settled
 from .mechanisms.surgery import Plan, apply_plan, checked_plan, transaction
 
 Path_ = str | PathLike[str]
@@ -53,7 +55,8 @@ def save(
 
     Raises:
         ModelMismatch: a part of the model was cut on its own after the network around it was, so that
-            no fresh instance could take the file in; nothing is written.
+            no fresh instance could take the file in; or something has changed that several tasks of
+            the network share. Nothing is written.
 
     Example:
         >>> import tempfile, lilliput
@@ -64,15 +67,20 @@ def save(
         True
     """
     settings = settings or ArtifactSettings()
-    plan, tied = checked_plan(model), tied_names(effective_state(model))
+    state = effective_state(model)
+    plan, tied, pack = checked_plan(model), tied_names(state), settled(model, state)
     structure = dict(getattr(model, "lilliput_origin", {}))
     if plan is not None:
         structure["plan"] = plan.as_dict()
     if tied:
         structure["tied"] = tied
+    tensors = parts(model)
+    if pack is not None:
+        structure["tasks"] = packed.describe(pack)
+        tensors |= packed.parts(pack, state)
     artifact.write(
         path,
-        {name: part for name, part in parts(model).items() if name not in tied},
+        {name: part for name, part in tensors.items() if name not in tied},
         structure=structure,
         recipe=recipe or {},
         figures=figures or {},
@@ -82,26 +90,40 @@ def save(
     )
 
 
-def load(path: Path_, *, model: nn.Module | None = None, max_bytes: int | None = None) -> nn.Module:
+def load(
+    path: Path_,
+    *,
+    model: nn.Module | None = None,
+    task: str | None = None,
+    max_bytes: int | None = None,
+) -> nn.Module:
     """Read a compressed file as a runnable model, in eval mode.
 
     Args:
         path: the file.
         model: an instance to fill, where the file names no registered architecture; of a network that
             lost channels or modules a whole one, as its class builds it.
+        task: of a file with several tasks, which; by default the one that the network was when it was
+            saved. Its last layer gets the width that it has in the file. :func:`lilliput.switch` changes it
+            later.
         max_bytes: refuse a file whose decoded tensors are larger; by default 8 GiB.
 
     Raises:
         ArtifactError: the file is damaged, foreign, or too large.
         ModelMismatch: its tensors do not fit the model.
-        InputError: it names no architecture and no model was given.
+        InputError: it names no architecture and no model was given; it has no such task.
     """
     limit = {} if max_bytes is None else {"max_bytes": max_bytes}
     with artifact.open(path, **limit) as file:
         structure = _structure(file)
         target = model if model is not None else _build(structure, path)
-        state = _state(file)
-    _thin_and_fill(target, structure.get("plan"), state, path)
+        state, pack = packed.opened(_state(file), structure.get("tasks"), path, task)
+    with transaction(target):
+        set_pack(target, None)
+        if pack is not None:
+            fit(target, pack.own[pack.current])
+        _thin_and_fill(target, structure.get("plan"), state, path)
+        set_pack(target, pack)
     return target.eval()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import CorruptArtifact, RunError
 from ..mechanisms.encodings import bake, describe, rebuild
+from ..mechanisms.packing import Pack, fit, pack_of, set_pack
 from ..mechanisms.surgery import Plan, apply_plan, checked_plan
 
 _KEY = "lilliput.checkpoint"
@@ -110,16 +111,17 @@ def _put_together(node: Any, tensor: Callable[[str], Tensor]) -> Any:
 
 
 def model_tree(model: nn.Module) -> dict[str, Any]:
-    """All of a model that training may change: channels, modules, tensors, encodings, dropout rates.
+    """All of a model that training may change: channels, modules, tensors, encodings, tasks, dropout rates.
 
     Raises:
         ModelMismatch: a part of it was cut on its own, so that the tree could not be loaded.
     """
-    plan = checked_plan(model)
+    plan, pack = checked_plan(model), pack_of(model)
     return {
         "plan": None if plan is None else plan.as_dict(),
         "tensors": model.state_dict(),
         "encodings": describe(model),
+        "pack": None if pack is None else pack.as_tree(),
         "dropout": {name: module.p for name, module in _dropouts(model)},
     }
 
@@ -134,11 +136,28 @@ def load_model_tree(
     """
     if tree["plan"] is not None:
         apply_plan(model, Plan.from_dict(tree["plan"]), optimizer)
-    if describe(model) != tree["encodings"]:
-        rebuild(bake(model), tree["encodings"])
+    encoded = describe(model) == tree["encodings"]
+    if not encoded:
+        bake(model)
+    if tree["pack"] is not None:
+        pack = Pack.from_tree(tree["pack"])
+        fit(model, _stored(tree["tensors"], pack.own[pack.current]))
+        set_pack(model, pack)
+    if not encoded:
+        rebuild(model, tree["encodings"])
     model.load_state_dict(tree["tensors"])
     for name, module in _dropouts(model):
         module.p = tree["dropout"][name]
+
+
+def _stored(tensors: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors by their plain names, also where what is stored is an encoding's original."""
+    found = {}
+    for name in names:
+        layer, _, leaf = name.rpartition(".")
+        original = tensors.get(f"{layer}.parametrizations.{leaf}.original".lstrip("."))
+        found[name] = tensors.get(name, original)
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def _dropouts(model: nn.Module) -> list[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""How a weight is stored while it trains: mask, codebook, weights left out.
+"""How a weight is stored while it trains: masked, of shared values, partly held, or partly left out.
 
 An encoding is a torch parametrization: the layer keeps its attribute ``weight``, every other part of
 torch sees an ordinary tensor, and what trains is the encoding's original. Encodings stack: whatever
@@ -224,6 +224,70 @@ class Codebook(Encoding):
         self._members = None
 
 
+class Held(Encoding):
+    """Some entries are held at given values, and only the others train.
+
+    What is held lies in a buffer, so that no optimizer, momentum or weight decay can move it.
+
+    Args:
+        free: bool, in the weight's shape; True trains.
+        value: in the weight's shape; read where nothing is free.
+    """
+
+    kind = "held"
+    depth = 5
+    free: Tensor
+    held: Tensor
+
+    def __init__(self, free: Tensor, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("free", free.bool())
+        self.register_buffer("held", value.detach().clone())
+
+    def update(self, free: Tensor, value: Tensor) -> None:
+        """Hold other entries."""
+        self.free.copy_(free)
+        self.held.copy_(value)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The effective weight."""
+        return torch.where(self.free, value, self.held)
+
+
+class Threshold(Encoding):
+    """A fixed weight under a mask that trains: to every entry belongs a number that does.
+
+    An entry lives where its number is above the threshold. The numbers get the gradient of the mask as if
+    they were the mask, ``dL/d(effective) * weight``; the weight gets none.
+
+    Args:
+        like: the weight.
+        threshold: of the numbers.
+        start: all numbers at the beginning.
+    """
+
+    kind = "threshold"
+    depth = 5
+
+    def __init__(self, like: Tensor, threshold: float, start: float) -> None:
+        super().__init__()
+        self.numbers = nn.Parameter(torch.full_like(like, start, requires_grad=True))
+        self.threshold, self.start = threshold, start
+
+    def settings(self) -> dict[str, Any]:
+        """The threshold and the start."""
+        return {"threshold": self.threshold, "start": self.start}
+
+    def mask(self) -> Tensor:
+        """Which entries live, bool."""
+        return self.numbers.detach() > self.threshold
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The effective weight."""
+        numbers = self.numbers
+        return value.detach() * (numbers + (self.mask().to(numbers) - numbers).detach())
+
+
 class LeftOut(Encoding):
     """Weights that count as zero in training, at one step, and as they are otherwise.
 
@@ -249,7 +313,9 @@ class LeftOut(Encoding):
 #: Where a module remembers the order of its parameters while an encoding holds one of them.
 _ORDER = "_lilliput_parameter_order"
 
-KINDS: dict[str, type[Encoding]] = {cls.kind: cls for cls in (Mask, Codebook, LeftOut)}
+KINDS: dict[str, type[Encoding]] = {
+    cls.kind: cls for cls in (Mask, Codebook, Held, Threshold, LeftOut)
+}
 
 
 def encode(weight: Weight, encoding: Encoding) -> None:
@@ -370,6 +436,10 @@ def _empty(weight: Weight, settings: dict[str, Any]) -> Encoding:
         return Codebook(
             torch.ones_like(like, dtype=torch.int32), like.new_zeros(settings["clusters"])
         )
+    if kind == "held":
+        return Held(torch.ones_like(like, dtype=torch.bool), like)
+    if kind == "threshold":
+        return Threshold(like, **settings)
     if kind == "left_out":
         return LeftOut(torch.zeros_like(like, dtype=torch.bool))
     raise UnknownName("encoding", kind, KINDS)

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...errors import CorruptArtifact, ModelMismatch
+from ...errors import CorruptArtifact, ModelMismatch, SurgeryFailed
+from ..packing import pack_of, set_pack
 from .attributes import set_attributes, set_sizes
 from .modules import find_module, outermost, remove_modules, within
 from .refusals import refuse
-from .tensors import Kept, cut_tensors, shape_of
+from .tensors import Kept, cut_tensors, part, shape_of
 from .transaction import transaction
 
 _ATTRIBUTE = "lilliput_plan"
@@ -168,11 +169,11 @@ def _stale(model: nn.Module, plan: Plan) -> Iterator[str]:
         if any(shape[dim : dim + 1] != (len(index),) for dim, index in dims.items()):
             yield name
     yield from (n for n in plan.removed if type(find_module(model, n)) is not nn.Identity)
-    for part, module in model.named_modules():
+    for path, module in model.named_modules():
         own = last_plan(module)
-        if own is None or not part:
+        if own is None or not path:
             continue
-        inner = _inside([(f"{part}.", own)])
+        inner = _inside([(f"{path}.", own)])
         yield from (n for n in inner.removed if not gone(n))
         for name, dims in inner.kept.items():
             if not gone(name) and not dims.keys() <= plan.kept.get(name, {}).keys():
@@ -239,10 +240,25 @@ def perform(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | Non
         ModelMismatch: the plan does not fit.
         SurgeryFailed: a tensor or a layer cannot be cut.
     """
+    _cut_pack(model, plan)
     cut_tensors(model, plan.kept, optimizer)
     set_attributes(model, plan.attributes)
     set_sizes(model, (name.rpartition(".")[0] for name in plan.kept))
     remove_modules(model, plan.removed, optimizer)
+
+
+def _cut_pack(model: nn.Module, plan: Plan) -> None:
+    """Cut what a network knows of its only task; of several it would have to be right for all of them."""
+    pack, gone = pack_of(model), within(plan.removed)
+    if pack is None or not (plan.kept or plan.removed):
+        return
+    if len(pack.tasks) > 1:
+        raise SurgeryFailed(
+            f"the network holds the tasks {', '.join(pack.tasks)}: what is removed for one of them the "
+            "others would miss. Remove channels before the second task is added. The model is as it was."
+        )
+    known = pack.only(lambda name: not gone(name))
+    set_pack(model, known.mapped(lambda name, t: part(t, t.shape, plan.kept.get(name, {}))))
 
 
 def _still_to_do(model: nn.Module, plan: Plan) -> Plan:

@@ -20,7 +20,8 @@ stage and to its value over the second, while alpha grows over both.
 
 Faithful: candidates, probability, no scaling, ramps. Differs: exactly ``round(gamma * n)`` of n are
 candidates, where the authors' code takes what lies strictly below a threshold; a unit is left out whole,
-as the paper says, where that code draws every weight of a candidate unit by itself. Biases are never left out.
+as the paper says, where that code draws every weight of a candidate unit by itself. Biases are never
+left out.
 
 The surprising rule: the loss in training is that of a damaged network; validation sees the whole one, and the
 stage's figures the pruned one.
