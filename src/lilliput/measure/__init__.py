@@ -14,14 +14,24 @@ from typing import Any, Literal
 from torch import nn
 
 from lilliput.errors import UnknownName
-from lilliput.measure.energy import HOROWITZ_45NM, Energy, EnergyTable, energy
+from lilliput.measure.energy import (
+    EYERISS,
+    HOROWITZ_45NM,
+    AccessTable,
+    Energy,
+    EnergyTable,
+    energy,
+    layer_energies,
+)
 from lilliput.measure.latency import Latency, ModelLatency, Spread, latency
 from lilliput.measure.macs import Inputs, Macs, macs
 from lilliput.measure.memory import Memory, memory
 from lilliput.measure.size import Size, TensorSize, effective_state, size
 
 __all__ = [
+    "EYERISS",
     "HOROWITZ_45NM",
+    "AccessTable",
     "Energy",
     "EnergyTable",
     "Latency",
@@ -35,6 +45,7 @@ __all__ = [
     "effective_state",
     "energy",
     "latency",
+    "layer_energies",
     "macs",
     "measure",
     "memory",

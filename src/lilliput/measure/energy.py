@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from lilliput.core.select import weights
+from lilliput.core.task import call
 from lilliput.errors import InputError, UnknownName
-from lilliput.measure.macs import Inputs, macs
+from lilliput.measure.macs import Inputs, macs, undisturbed, unfused
 from lilliput.measure.size import size
 
 
@@ -126,3 +130,90 @@ def _energy(energies: Mapping[str, float], kind: str, name: str) -> float:
     if name not in energies:
         raise UnknownName(kind, name, energies, where="energy table")
     return energies[name]
+
+
+@dataclass(frozen=True)
+class AccessTable:
+    """What moving a number costs, relative to one multiplication and addition.
+
+    Attributes:
+        source: where the figures come from.
+        mac: one multiplication and addition.
+        register: one access to the register file of a processing element.
+        array: passing a number from one processing element to another.
+        buffer: one access to the buffer on the chip.
+        dram: one access to the memory outside.
+    """
+
+    source: str
+    mac: float = 1.0
+    register: float = 1.0
+    array: float = 2.0
+    buffer: float = 6.0
+    dram: float = 200.0
+
+
+EYERISS = AccessTable(
+    source="Y.-H. Chen, J. Emer, V. Sze, Eyeriss, ISCA 2016: 65 nm, 16 bits, relative to one MAC"
+)
+
+
+def layer_energies(
+    model: nn.Module, example_inputs: Inputs, table: AccessTable = EYERISS
+) -> dict[str, float]:
+    """Estimate for each layer what computing it and moving its data costs, in units of one MAC.
+
+    Of every product that is not with a zero weight: the MAC and three accesses to registers (weight, input,
+    sum). Of every weight that is not zero, every input and every output: one way from DRAM through the
+    buffer and the array, or back. It is what a dataflow would reach that fetches nothing twice.
+
+    Args:
+        model: any module; it is left as it is.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        table: the energies.
+
+    Returns:
+        By name of the layers with weights, in the model's order. A layer that is not called costs only its
+        weights.
+
+    Example:
+        >>> import torch
+        >>> layer_energies(nn.Linear(10, 10, bias=False), torch.zeros(1, 10))  # 100 * 4 + 120 * 208
+        {'': 25360.0}
+    """
+    work, moved = macs(model, example_inputs), _moved(model, example_inputs)
+    way = table.dram + table.buffer + table.array
+    found: dict[str, float] = {}
+    for weight in weights(model):
+        value = weight.value.detach()
+        nonzeros = int(value.count_nonzero())
+        products = work.by_module.get(weight.layer, 0) * nonzeros / value.numel()
+        energy = products * (table.mac + 3 * table.register) + nonzeros * way
+        found[weight.layer] = found.get(weight.layer, moved.get(weight.layer, 0) * way) + energy
+    return found
+
+
+def _moved(model: nn.Module, example_inputs: Inputs) -> dict[str, int]:
+    """How many numbers go into each layer with weights and come out of it."""
+    found: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, keywords: Any, output: Any) -> None:
+            leaves = pytree.tree_leaves((args, keywords, output))
+            found[name] = found.get(name, 0) + sum(
+                x.numel() for x in leaves if isinstance(x, Tensor)
+            )
+
+        return hook
+
+    with undisturbed(model), unfused():
+        handles = [
+            model.get_submodule(name).register_forward_hook(count(name), with_kwargs=True)
+            for name in dict.fromkeys(w.layer for w in weights(model))
+        ]
+        try:
+            call(model, example_inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return found
