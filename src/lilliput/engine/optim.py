@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.recipe import Train
 from ..core.run import Player, Run
@@ -59,6 +59,20 @@ def build_optimizer(train: Train, parameters: Iterable[nn.Parameter]) -> torch.o
         options.setdefault("fused", True)
     optimizer: torch.optim.Optimizer = cls(parameters, **options)
     return optimizer
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put an optimizer into a state, each tensor laid out in memory as its parameter is.
+
+    A state that comes from a file is contiguous, and torch leaves it so; but a fused optimizer walks
+    through the memory of parameter, gradient and state side by side, and would pair the wrong entries of a
+    parameter that lies otherwise (channels last).
+    """
+    optimizer.load_state_dict(state)
+    for parameter, own in optimizer.state.items():
+        for name, value in own.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def freeze_others(run: Run, train: Train) -> list[nn.Parameter]:

@@ -21,7 +21,7 @@ from ..core.types import Batch
 from . import distributed
 from .checkpoint import clone_state, fits, load_model_tree, model_tree
 from .loop import Hooks, Loop
-from .optim import build_optimizer, trained_parameters
+from .optim import build_optimizer, load_optimizer, trained_parameters
 from .progress import Watcher
 from .records import RunDirectory
 from .seeds import random_state, reshuffle, restore_random_state, seed_all
@@ -159,14 +159,14 @@ class Training:
         self.home.keep_metrics_until(run.stage, run.epoch)
         load_model_tree(run.model, tree["model"], run.optimizer)
         if run.optimizer:
-            run.optimizer.load_state_dict(tree["optimizer"])
+            load_optimizer(run.optimizer, tree["optimizer"])
         if loop.scaler:
             loop.scaler.load_state_dict(tree["scaler"])
         for name, state in tree["extras"].items():
             run.extras[name].load_state_dict(state)
         for name, (network, optimizer) in tree["players"].items():
             run.players[name].network.load_state_dict(network)
-            run.players[name].optimizer.load_state_dict(optimizer)
+            load_optimizer(run.players[name].optimizer, optimizer)
         run.memories.update(tree["memories"])
         loop.tally.sums, loop.tally.steps = tree["tally"]
         self.best = tree["best"]

@@ -79,8 +79,11 @@ def write(model: nn.Module, tensor: str, value: Tensor) -> None:
     """
     layer, _, leaf = tensor.rpartition(".")
     weight = Weight(layer, model.get_submodule(layer), leaf)
-    known = weight.encodings()
+    known, original = weight.encodings(), original_of(weight)
     if not all(isinstance(e, Mask | Codebook) for e in known):
+        # What trains takes over the memory that it is given, which must lie as the optimizer's state does.
+        if original.shape == value.shape:
+            value = torch.empty_like(original).copy_(value)
         setattr(weight.module, leaf, value)  # torch asks the parametrization what gives this value
         return
     for encoding in known:
@@ -90,7 +93,6 @@ def write(model: nn.Module, tensor: str, value: Tensor) -> None:
             replace(encoding.mask, encoding.mask | (value != 0))
         encoding.forget()
     if not any(isinstance(e, Codebook) for e in known):
-        original = original_of(weight)
         dormant = any(e.policy == "straight_through" for e in known if isinstance(e, Mask))
         replace(original, torch.where(value == 0, original, value) if dormant else value)
 
