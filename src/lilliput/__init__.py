@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import artifact, methods
+    from . import artifact, deploy, methods
     from .api import attach, build, compress, run_recipe
     from .core.method import Method
     from .core.recipe import ArtifactSettings, Recipe, Stage, Train
@@ -31,7 +31,7 @@ _HOMES = {
     "mechanisms.packing": ("remove_task", "switch", "tasks_of"),
     "thinning": ("thin",),
 }
-_MODULES = ("artifact", "methods", "measure", "errors", "testing")
+_MODULES = ("artifact", "deploy", "methods", "measure", "errors", "testing")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "attach",
     "build",
     "compress",
+    "deploy",
     "load",
     "measure",
     "method",
