@@ -66,7 +66,7 @@ def test_every_layer_has_a_decision_and_the_model_stays() -> None:
     found = sparse(model, x, **settings(faster=float("inf"), remove_channels=False))
     assert [d.layer for d in found.decisions] == ["0", "2", "6", "8"]
     by = {d.layer: d for d in found.decisions}
-    assert by["0"].reason == "a convolution that is not 1×1"
+    assert by["0"].reason == "a convolution that is not 1x1"
     assert by["8"].reason == "100.0 % of the weights are not zero"
     assert {by["2"].runs, by["6"].runs} <= {"torch", "scipy"}
     assert by["2"].ratio is not None

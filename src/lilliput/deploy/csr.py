@@ -7,6 +7,7 @@ dense product is faster nearly everywhere, and a single vector pays later than m
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -91,27 +92,34 @@ class SparseProduct(nn.Module):
         library: ``"torch"`` or ``"scipy"``.
     """
 
+    starts: Tensor
+    columns: Tensor
+    values: Tensor
+    bias: Tensor | None
+
     def __init__(self, layer: nn.Linear | nn.modules.conv._ConvNd, library: str) -> None:
         super().__init__()
-        matrix = layer.weight.detach().flatten(1)
-        rows = matrix.to_sparse_csr()
-        self.register_buffer("starts", rows.crow_indices())
-        self.register_buffer("columns", rows.col_indices())
-        self.register_buffer("values", rows.values())
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
-        self.shape, self.library = tuple(matrix.shape), library
-        self.stride = getattr(layer, "stride", None)
+        matrix = scipy.sparse.csr_matrix(layer.weight.detach().flatten(1).numpy())
+        self.register_buffer("starts", torch.from_numpy(matrix.indptr).long())
+        self.register_buffer("columns", torch.from_numpy(matrix.indices).long())
+        self.register_buffer("values", torch.from_numpy(matrix.data))
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        self.register_buffer("bias", bias)
+        self.shape, self.library = matrix.shape, library
+        self.stride: tuple[int, ...] | None = getattr(layer, "stride", None)
         self._product: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """As the dense layer, up to rounding."""
-        return self._linear(inputs) if self.stride is None else self._convolution(inputs)
+        return (
+            self._linear(inputs) if self.stride is None else self._convolution(inputs, self.stride)
+        )
 
     def extra_repr(self) -> str:
         """Shape and share of weights that are not zero."""
         rows, columns = self.shape
         return (
-            f"{columns}, {rows}, density={len(self.values) / (rows * columns):.3f}, {self.library}"  # type: ignore[arg-type]
+            f"{columns}, {rows}, density={len(self.values) / (rows * columns):.3f}, {self.library}"
         )
 
     def _linear(self, inputs: Tensor) -> Tensor:
@@ -119,8 +127,8 @@ class SparseProduct(nn.Module):
         output = self._times(columns).T.reshape(*inputs.shape[:-1], self.shape[0])
         return output if self.bias is None else output + self.bias
 
-    def _convolution(self, inputs: Tensor) -> Tensor:
-        every: Any = (..., *(slice(None, None, step) for step in self.stride))  # type: ignore[union-attr]
+    def _convolution(self, inputs: Tensor, stride: tuple[int, ...]) -> Tensor:
+        every: Any = (..., *(slice(None, None, step) for step in stride))
         seen = inputs[every]
         columns = seen.transpose(0, 1).reshape(self.shape[1], -1)
         output = self._times(columns).reshape(self.shape[0], len(seen), *seen.shape[2:])
@@ -136,11 +144,13 @@ class SparseProduct(nn.Module):
         return self._product(columns)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_product": None}
+        return {**vars(self), "_product": None}
 
 
 def _by_torch(starts: Any, columns: Any, values: Any, shape: Any) -> Callable[[Tensor], Tensor]:
-    matrix = torch.sparse_csr_tensor(starts, columns, values, shape)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        matrix = torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
     return lambda inputs: matrix @ inputs
 
 
@@ -178,9 +188,9 @@ def sparse(
     own inputs in turns as it is and in each sparse form, and keeps what was fastest.
 
     Args:
-        model: any module on the processor, in float32; it stays as it is. example_inputs: a tensor, a tuple
-            of positional arguments or a dict of keyword arguments, of the batch size that will be used: the
-            decision depends on it.
+        model: any module on the processor, in float32; it stays as it is.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, of the
+            batch size that will be used: the decision depends on it.
         most_dense: layers with a larger fraction of weights that are not zero stay dense, untried.
         faster: the largest ratio of times at which a sparse form is taken.
         threads: torch's threads while it is timed. Sparse products of scipy have one.
@@ -235,7 +245,7 @@ def _decide(
         return Decision(name, density, "dense", ratio, reason), None
 
     obstacle = _obstacle(layer, inputs)
-    if obstacle:
+    if obstacle or inputs is None:
         return dense(obstacle)
     if density > most_dense:
         return dense(f"{100 * density:.1f} % of the weights are not zero")
@@ -260,7 +270,7 @@ def _obstacle(layer: Any, inputs: Tensor | None) -> str:
     if isinstance(layer, nn.Linear):
         return ""
     plain = set(layer.kernel_size) == {1} and layer.groups == 1 and not any(_padding(layer))
-    return "" if plain and inputs.ndim == layer.weight.ndim else "a convolution that is not 1×1"
+    return "" if plain and inputs.ndim == layer.weight.ndim else "a convolution that is not 1x1"
 
 
 def _padding(layer: Any) -> tuple[int, ...]:
