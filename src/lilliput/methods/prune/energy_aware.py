@@ -34,24 +34,24 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...core.method import LayerMethod
 from ...core.registry import method
 from ...core.run import Run
 from ...core.select import Weight
 from ...core.task import evaluate
-from ...core.types import Batch, Change, Fraction, NonNegative, PerLayer, Sparsity, resolve
+from ...core.types import Batch, Change, Fraction, NonNegative, PerLayer, Sparsity
 from ...errors import InputError
 from ...measure import layer_energies
 from ...mechanisms.curvature import as_rows, from_rows
 from ...mechanisms.encodings import reapply, stored_masks
 from ...mechanisms.ranking import count
 from ...mechanisms.solvers import least_squares, solvable, visit_rows
+from ._allocation import SparsityMethod
 from ._dead import remove_dead_connections
 from ._layerwise import write
 from ._masking import changes, mask_of, nonzeros, put_masks
@@ -102,16 +102,20 @@ def fitted(gram: Tensor, cross: Tensor, weights: Tensor, stays: Tensor) -> Tenso
         weights: A.
         stays: bool, S.
     """
+    if not stays.any():
+        return torch.zeros_like(weights)
     values = least_squares(gram[stays][:, stays], cross[stays], toward=weights[stays])
     return torch.zeros_like(weights).masked_scatter(stays, values)
 
 
 @method
-class EnergyAware(LayerMethod):
+class EnergyAware(SparsityMethod):
     """Prune the layers in the order of their energy, filter by filter, and fit what stays.
 
     Attributes:
         sparsity: fraction of zeros in every filter, exactly; for every layer or by layer pattern.
+        allocation: how one sparsity is spread over the layers: uniform, by one ranking of all weights
+            (magnitude), by shape (erk), by sensitivity, or by energy.
         restore: part of a filter's weights that is chosen by the error of its outputs; 0 leaves magnitude.
         steps: in how many rounds these come back.
         bound: largest loss of the validation score through one layer, in its units; None for any.
@@ -147,10 +151,6 @@ class EnergyAware(LayerMethod):
         """Half of the weights go."""
         return cls(sparsity=0.5, samples=32)
 
-    def amounts(self) -> Any:
-        """The setting that decides which layers take part."""
-        return self.sparsity
-
     def check(self, model: nn.Module) -> None:
         """Every layer must be one whose inputs can be seen."""
         for weight in self.weights(model):
@@ -166,6 +166,7 @@ class EnergyAware(LayerMethod):
         memory["before"] = {w.name: nonzeros(w.value) for w in chosen}
         memory["energy"] = self._energies(run)
         memory["round"] = 0
+        self.allocate(run, chosen)
         # A resumed stage attaches to the same network again, so that this need not be in the checkpoint.
         run.shared[self._key(run)] = copy.deepcopy(run.model)
         put_masks(chosen)
@@ -212,7 +213,7 @@ class EnergyAware(LayerMethod):
         """All layers, by their energy as it is now."""
         energies = self._energies(run)
         for weight in sorted(self.weights(run.model), key=lambda w: -energies[w.layer]):
-            sparsity = part * (resolve(self.sparsity, weight.layer) or 0.0)
+            sparsity = part * self.final(run, weight)
             inputs, target = self._samples_of(run, weight)
             before = self._score(run)
             mask, value = mask_of(weight).mask.clone(), weight.value.detach().clone()

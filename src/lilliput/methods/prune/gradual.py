@@ -18,30 +18,32 @@ epochs to train, where one-shot pruning and retraining does as well.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from ...core.method import LayerMethod
 from ...core.registry import method
 from ...core.run import Run
 from ...core.schedule import Schedule
 from ...core.select import Weight
-from ...core.types import Change, PerLayer, Sparsity, resolve
+from ...core.types import Change, PerLayer, Sparsity
 from ...mechanisms.encodings import reapply, stored_masks
 from ...mechanisms.ranking import keep_largest, keep_largest_together
+from ._allocation import SparsityMethod
 from ._dead import remove_dead_connections
 from ._masking import changes, mask_of, nonzeros, put_masks
 
 
 @method
-class Gradual(LayerMethod):
+class Gradual(SparsityMethod):
     """Raise the sparsity by the cubic schedule, smallest magnitudes first.
 
     Attributes:
         sparsity: final fraction of zeros, exactly; for every layer or by layer pattern.
-        scope: rank within each layer as the paper does, or over all layers together.
+        allocation: how one sparsity is spread over the layers: uniform, by one ranking of all weights
+            (magnitude), by shape (erk), by sensitivity, or by energy.
+        scope: rank within each layer as the paper does, or anew over all layers together in each update.
         layers: pattern over module names.
         schedule: shape, begin, end, initial sparsity and distance of the updates in steps.
         remove_dead: cut the other connections of neurons that have lost all inputs or all outputs.
@@ -63,14 +65,11 @@ class Gradual(LayerMethod):
         """Half of the weights go."""
         return cls(sparsity=0.5)
 
-    def amounts(self) -> Any:
-        """The setting that decides which layers take part."""
-        return self.sparsity
-
     def attach(self, run: Run) -> None:
         """Put masks on that let everything through."""
         chosen = self.weights(run.model)
         self.memory(run)["before"] = {w.name: nonzeros(w.value) for w in chosen}
+        self.allocate(run, chosen)
         put_masks(chosen)
         if not run.total_steps:
             self._prune(run, 1.0)
@@ -97,15 +96,16 @@ class Gradual(LayerMethod):
     def _prune(self, run: Run, progress: float) -> None:
         chosen = self.weights(run.model)
         scores = [w.value.detach().abs() for w in chosen]
-        for weight, mask in zip(chosen, self._masks(chosen, scores, progress), strict=True):
+        for weight, mask in zip(chosen, self._masks(run, chosen, scores, progress), strict=True):
             mask_of(weight).update(mask)
         reapply(stored_masks(run.model))
 
-    def _masks(self, chosen: list[Weight], scores: list[Tensor], progress: float) -> list[Tensor]:
+    def _masks(
+        self, run: Run, chosen: list[Weight], scores: list[Tensor], progress: float
+    ) -> list[Tensor]:
         if self.scope == "global" and not isinstance(self.sparsity, dict):
             return keep_largest_together(scores, self.schedule.amount(progress, self.sparsity))
-        finals = [resolve(self.sparsity, w.layer) or 0.0 for w in chosen]
         return [
-            keep_largest(s, self.schedule.amount(progress, final))
-            for s, final in zip(scores, finals, strict=True)
+            keep_largest(s, self.schedule.amount(progress, self.final(run, w)))
+            for w, s in zip(chosen, scores, strict=True)
         ]

@@ -29,13 +29,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ...core.method import LayerMethod
 from ...core.registry import method
 from ...core.run import Run
 from ...core.select import Weight
-from ...core.types import Change, Fraction, PerLayer, Positive, Sparsity, resolve
+from ...core.types import Change, Fraction, PerLayer, Positive, resolve
 from ...mechanisms.encodings import reapply, stored_masks
 from ...mechanisms.ranking import keep_largest, keep_largest_together
+from ._allocation import SparsityMethod
 from ._dead import remove_dead_connections
 from ._masking import changes, mask_of, nonzeros, put_masks
 
@@ -56,14 +56,17 @@ def corrected_dropout(rate: float, kept: int, total: int) -> float:
 
 
 @method
-class Magnitude(LayerMethod):
+class Magnitude(SparsityMethod):
     """Prune the weights of smallest magnitude and keep them at zero while the rest retrains.
 
     Attributes:
         sparsity: fraction of zeros, exactly; for every layer or by layer pattern. A layer that no
             pattern covers stays dense.
         threshold: quality factor q, in standard deviations of the dense layer; instead of sparsity.
-        scope: rank the weights of each layer by themselves, or of all layers together (sparsity only).
+        allocation: how one sparsity is spread over the layers: uniform, by one ranking of all weights
+            (magnitude), by shape (erk), by sensitivity, or by energy.
+        scope: rank the weights of each layer by themselves, or anew of all layers together in each round
+            (sparsity only).
         layers: pattern over module names.
         rounds: how often the stage prunes, each time retraining afterwards.
         until: part of the stage over which the rounds are spread; the rest is the last retraining.
@@ -77,7 +80,6 @@ class Magnitude(LayerMethod):
 
     family: ClassVar[str] = "prune"
 
-    sparsity: PerLayer[Sparsity] | None = None
     threshold: PerLayer[Positive] | None = None
     scope: Literal["layer", "global"] = "layer"
     rounds: Annotated[int, Field(ge=1)] = 1
@@ -91,6 +93,10 @@ class Magnitude(LayerMethod):
             raise ValueError("give either sparsity or threshold, and not both")
         if self.scope == "global" and not isinstance(self.sparsity, float):
             raise ValueError("scope: global ranks all layers together: give one sparsity for all")
+        if self.scope == "global" and self.allocation != "uniform":
+            raise ValueError(
+                "scope: global decides how sparse each layer becomes: leave allocation out"
+            )
         return self
 
     @classmethod
@@ -110,6 +116,7 @@ class Magnitude(LayerMethod):
         memory["deviation"] = {w.name: float(w.value.detach().std()) for w in chosen}
         memory["dropout"] = dict(_dropouts(run.model))
         memory["round"] = 0
+        self.allocate(run, chosen)
         put_masks(chosen)
         self._prune_if_due(run)
 
@@ -155,8 +162,8 @@ class Magnitude(LayerMethod):
         if self.scope == "global":
             return keep_largest_together(scores, part * float(self.sparsity))  # type: ignore[arg-type]
         if self.threshold is None:
-            amounts = [resolve(self.sparsity, w.layer) or 0.0 for w in chosen]
-            return [keep_largest(s, part * a) for s, a in zip(scores, amounts, strict=True)]
+            amounts = [part * self.final(run, w) for w in chosen]
+            return [keep_largest(s, a) for s, a in zip(scores, amounts, strict=True)]
         deviation = self.memory(run)["deviation"]
         return [
             above_threshold(s, part * (resolve(self.threshold, w.layer) or 0.0), deviation[w.name])

@@ -46,17 +46,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ...core.method import LayerMethod
 from ...core.registry import method
 from ...core.run import Run
 from ...core.select import Weight
-from ...core.types import Change, Fraction, PerLayer, Positive, Sparsity, resolve
+from ...core.types import Change, Fraction, Positive
 from ...errors import InputError
 from ...mechanisms.curvature import (
     as_rows,
@@ -70,6 +69,7 @@ from ...mechanisms.curvature import (
 from ...mechanisms.encodings import reapply, stored_masks
 from ...mechanisms.ranking import count
 from ...mechanisms.solvers import solvable
+from ._allocation import SparsityMethod
 from ._dead import remove_dead_connections
 from ._layerwise import write
 from ._masking import changes, mask_of, nonzeros, put_masks
@@ -80,12 +80,14 @@ LARGEST = 4_000
 
 
 @method
-class Surgeon(LayerMethod):
+class Surgeon(SparsityMethod):
     """Remove the weights that second derivatives call cheapest, and correct the others.
 
     Attributes:
         sparsity: fraction of zeros, exactly. By layer pattern only where layers or blocks are solved by
             themselves (``layer``, ``blocks``).
+        allocation: how one sparsity is spread over the layers, where these are solved by themselves: uniform,
+            by one ranking of all weights (magnitude), by shape (erk), by sensitivity, or by energy.
         allowed: instead: remove while the summed price stays below this increase of the task's loss
             (``network`` and ``diagonal``).
         pattern: ``"2:4"`` and the like: 2 of 4 neighboring inputs of every filter stay (``layer`` with
@@ -112,7 +114,6 @@ class Surgeon(LayerMethod):
 
     family: ClassVar[str] = "prune"
 
-    sparsity: PerLayer[Sparsity] | None = None
     allowed: Positive | None = None
     pattern: str | None = None
     curvature: Literal["network", "diagonal", "blocks", "layer"] = "layer"
@@ -134,7 +135,8 @@ class Surgeon(LayerMethod):
                              "does not know; give sparsity")  # fmt: skip
         if self.pattern is not None and (self.curvature, self.solver) != ("layer", "sweep"):
             raise ValueError("a pattern wants curvature: layer and solver: sweep")
-        if isinstance(self.sparsity, dict) and self.curvature in ("network", "diagonal"):
+        together = self.curvature in ("network", "diagonal")
+        if together and (isinstance(self.sparsity, dict) or self.allocation != "uniform"):
             raise ValueError(
                 f"curvature: {self.curvature} ranks all layers together: give one sparsity"
             )
@@ -146,10 +148,6 @@ class Surgeon(LayerMethod):
     def example(cls) -> Surgeon:
         """Half of the weights go."""
         return cls(sparsity=0.5, samples=32)
-
-    def amounts(self) -> Any:
-        """The setting that decides which layers take part."""
-        return self.sparsity
 
     def kept_of(self) -> tuple[int, int] | None:
         """The pattern as numbers: how many of how many stay."""
@@ -181,6 +179,7 @@ class Surgeon(LayerMethod):
         chosen, memory = self.weights(run.model), self.memory(run)
         memory["before"] = {w.name: nonzeros(w.value) for w in chosen}
         memory["round"], memory["spent"] = 0, 0.0
+        self.allocate(run, chosen)
         put_masks(chosen)
         self._operate_if_due(run)
 
@@ -276,8 +275,9 @@ class Surgeon(LayerMethod):
         living = int(alive.sum())
         if self.allowed is not None:
             return living - 1, part * self.allowed - self.memory(run)["spent"]
-        dead = len(alive) - living
-        return max(count(len(alive), part * float(self.sparsity)) - dead, 0), torch.inf  # type: ignore[arg-type]
+        assert isinstance(self.sparsity, float)
+        due = count(len(alive), part * self.sparsity) - (len(alive) - living)
+        return max(due, 0), torch.inf
 
     def _alpha(self, vectors: Iterable[Tensor]) -> float:
         """The damping in units of the curvature."""
@@ -293,12 +293,12 @@ class Surgeon(LayerMethod):
         vectors = torch.cat(list(loss_vectors(run.model, chosen, [], samples, run.task.loss)))
         ends = [0, *torch.tensor([w.value.numel() for w in chosen]).cumsum(0).tolist()]
         moved = [
-            self._in_blocks(w, vectors[:, first:last], part)
+            self._in_blocks(w, vectors[:, first:last], part * self.final(run, w))
             for w, (first, last) in zip(chosen, pairwise(ends), strict=True)
         ]
         self._write(run, chosen, torch.cat(moved))
 
-    def _in_blocks(self, weight: Weight, vectors: Tensor, part: float) -> Tensor:
+    def _in_blocks(self, weight: Weight, vectors: Tensor, sparsity: float) -> Tensor:
         values = weight.value.detach().double().flatten()
         surplus = -len(values) % self.block
         padded = torch.nn.functional.pad(values, (0, surplus)).view(-1, self.block)
@@ -307,7 +307,7 @@ class Surgeon(LayerMethod):
         inverse = inverse_by_recursion(
             [met.unflatten(1, padded.shape).movedim(1, 0)], len(met), alpha
         )
-        total = count(len(values), part * (resolve(self.sparsity, weight.layer) or 0.0))
+        total = count(len(values), sparsity)
         # What pads the last block is zero already, and goes first.
         return greedy(padded, inverse, total + surplus).flatten()[: len(values)]
 
@@ -322,7 +322,7 @@ class Surgeon(LayerMethod):
             )
             self._check_rows(weight, hessians.get(weight.layer), seen[weight.layer])
             rows = as_rows(weight.module).double()
-            amount = part * (resolve(self.sparsity, weight.layer) or 0.0)
+            amount = part * self.final(run, weight)
             pairs = zip(rows, hessians[weight.layer], strict=True)
             moved = torch.stack([self._solve(weight, *pair, amount) for pair in pairs])
             self._write(run, [weight], from_rows(weight.module, moved).flatten())

@@ -32,18 +32,18 @@ few epochs; there prune and retrain.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ...core.method import LayerMethod
 from ...core.registry import method
 from ...core.run import Run
 from ...core.select import Weight
-from ...core.types import Change, Fraction, PerLayer, Sparsity, resolve
+from ...core.types import Change, Fraction, PerLayer, Sparsity
 from ...mechanisms.encodings import LeftOut, encode, encoding_of, reapply, stored_masks, take_off
 from ...mechanisms.ranking import count, keep_largest
+from ._allocation import SparsityMethod
 from ._dead import remove_dead_connections
 from ._masking import changes, mask_of, nonzeros, put_masks
 
@@ -84,12 +84,14 @@ def ramped(progress: float, ramp: float, sparsity: float, rate: float) -> tuple[
 
 
 @method
-class TargetedDropout(LayerMethod):
+class TargetedDropout(SparsityMethod):
     """Leave small weights out at random while training, and prune them at the end.
 
     Attributes:
         sparsity: gamma, the fraction of candidates, all of which are pruned at the end; for every layer
             or by layer pattern. A layer that no pattern covers stays whole.
+        allocation: how one sparsity is spread over the layers: uniform, by one ranking of all weights
+            (magnitude), by shape (erk), by sensitivity, or by energy.
         rate: alpha, the probability that a candidate is left out at a step.
         by: weights within each output unit, or whole output units.
         ramp: part of the stage over which both grow from zero; 0 for none.
@@ -114,23 +116,18 @@ class TargetedDropout(LayerMethod):
         """Half of the weights go."""
         return cls(sparsity=0.5)
 
-    def amounts(self) -> Any:
-        """The setting that decides which layers take part."""
-        return self.sparsity
-
     def attach(self, run: Run) -> None:
         """Put on what leaves weights out."""
         chosen = self.weights(run.model)
         self.memory(run)["before"] = {w.name: nonzeros(w.value) for w in chosen}
+        self.allocate(run, chosen)
         for weight in chosen:
             encode(weight, LeftOut(torch.zeros_like(weight.value, dtype=torch.bool)))
 
     def before_step(self, run: Run) -> None:
         """Draw anew."""
         for weight in self.weights(run.model):
-            sparsity, rate = ramped(
-                run.progress, self.ramp, resolve(self.sparsity, weight.layer) or 0.0, self.rate
-            )
+            sparsity, rate = ramped(run.progress, self.ramp, self.final(run, weight), self.rate)
             candidates = self._candidates(weight, sparsity)
             generator = run.generator(f"targeted_dropout {weight.name}")
             drawn = torch.rand(candidates.shape, generator=generator).to(candidates.device) < rate
@@ -144,7 +141,7 @@ class TargetedDropout(LayerMethod):
         """Prune the candidates."""
         chosen = self.weights(run.model)
         for weight in chosen:
-            candidates = self._candidates(weight, resolve(self.sparsity, weight.layer) or 0.0)
+            candidates = self._candidates(weight, self.final(run, weight))
             take_off(weight, LeftOut)
             put_masks([weight])
             kept = ~_over_units(candidates, weight.value)
