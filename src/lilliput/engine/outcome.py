@@ -227,7 +227,7 @@ def _compute(loaded: nn.Module, run: Run) -> dict[str, Any]:
 def _time_ratio(loaded: nn.Module, dense: nn.Module, example: Any) -> float:
     """Time over the dense network's; that one is copied in the same layout, so that it is fair."""
     plain = copy.deepcopy(dense).cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    timed = latency({"dense": plain, "model": loaded}, example, seconds=0.5)
+    timed = latency({"dense": plain, "model": loaded}, example, repeats=60, seconds=0.5)
     return timed.models["model"].ratio.median
 
 

@@ -12,7 +12,7 @@ import functools
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -257,14 +257,16 @@ class MethodContract:
     # -- together with others -------------------------------------------------------------------
 
     def test_composes_in_one_stage(self, method: Method, partner: Method, tmp_path: Path) -> None:
-        """Both orders in one stage, on every network: applied or refused, never a crash.
+        """Both orders in one stage: applied or refused, never a crash.
 
         Whatever initializes may refuse to come second: then it is enough that one order is accepted. A
         method with a network of its own kind need not find a partner that can do something with it.
         """
         accepted = [
-            self._composed([order], networks, tmp_path / order[0].method_name())
-            for order, networks in _both_orders(method, partner)
+            self._composed(
+                [order], tmp_path / order[0].method_name(), everywhere=order[0] is method
+            )
+            for order in ([method, partner], [partner, method])
         ]
         special = _is_special(method) or _is_special(partner)
         assert any(accepted) or special, "every network was refused, in both orders"
@@ -272,9 +274,9 @@ class MethodContract:
 
     def test_composes_in_two_stages(self, method: Method, partner: Method, tmp_path: Path) -> None:
         """One after the other, in both orders, and resumed between and within the stages."""
-        for order, networks in _both_orders(method, partner):
-            folder = tmp_path / order[0].method_name()
-            accepted = self._composed([[m] for m in order], networks, folder)
+        for order in ([method, partner], [partner, method]):
+            folder, everywhere = tmp_path / order[0].method_name(), order[0] is method
+            accepted = self._composed([[m] for m in order], folder, everywhere=everywhere)
             assert accepted or _is_special(order[0]), "every network was refused"
 
     # -- how it is written and found --------------------------------------------------------------
@@ -340,16 +342,21 @@ class MethodContract:
             self._trials[key] = Trial(method, network, folder)
         return self._trials[key]
 
-    def _composed(
-        self, parts: list[list[Method]], networks: Sequence[TinyNetwork], folder: Path
-    ) -> int:
-        """Run stages on every network; on the first that is accepted also interrupted in the last stage.
+    def _composed(self, parts: list[list[Method]], folder: Path, *, everywhere: bool) -> int:
+        """Run stages undisturbed, and once also interrupted in the last one; both must agree.
+
+        Args:
+            parts: the methods of each stage.
+            folder: where the runs may write.
+            everywhere: try every network, the first that accepts twice; or from the last one on those until
+                one accepts.
 
         Returns:
             How many networks were accepted.
         """
         accepted = 0
-        for network in networks:
+        networks = networks_for(*(method for methods in parts for method in methods))
+        for network in networks if everywhere else networks[::-1]:
             stages = [stage_of(methods, network) for methods in parts]
 
             def run(
@@ -371,16 +378,9 @@ class MethodContract:
             if accepted == 1:
                 _interrupt(lambda run=run: run("resumed", Interruption(3, len(parts) - 1)))  # type: ignore[misc]
                 _same_run(first, run("resumed"))
+            if not everywhere:
+                break
         return accepted
-
-
-def _both_orders(
-    method: Method, partner: Method
-) -> Iterator[tuple[list[Method], Sequence[TinyNetwork]]]:
-    """Either may come first; each order meets the networks from another end."""
-    networks = networks_for(method, partner)
-    yield [method, partner], networks
-    yield [partner, method], networks[::-1]
 
 
 @functools.cache
