@@ -55,7 +55,7 @@ def output_vectors(
         model: run in eval mode, and left as it is.
         weights: their effective values come first in a vector, one after the other.
         others: parameters that follow.
-        samples: of :func:`one_by_one`.
+        samples: of :func:`one_by_one`, or whole batches, each of which then counts as one.
         loss: of the task, a mean over the batch.
 
     Yields:
@@ -77,6 +77,33 @@ def loss_vectors(
         known = output.detach().requires_grad_()
         (slope,) = torch.autograd.grad(loss(known, target), known)
         yield _derivatives(output, values, slope.reshape(1, -1))
+
+
+def diagonal(
+    model: nn.Module, weights: list[Weight], samples: Iterable[Batch], loss: Loss
+) -> list[Tensor]:
+    """The diagonal of the Gauss-Newton matrix, a tensor in the shape of each weight."""
+    total, count = torch.zeros(sum(w.value.numel() for w in weights), dtype=torch.float64), 0
+    for found in output_vectors(model, weights, [], samples, loss):
+        total += found.square().sum(0).double().cpu()
+        count += 1
+    return _shaped(total / max(count, 1), weights)
+
+
+def second_moments(
+    model: nn.Module, weights: list[Weight], batches: Iterable[Batch], loss: Loss
+) -> list[Tensor]:
+    """The root of the mean squared gradient of a batch, as Adam knows it, in the shape of each weight."""
+    total, count = torch.zeros(sum(w.value.numel() for w in weights), dtype=torch.float64), 0
+    for found in loss_vectors(model, weights, [], batches, loss):
+        total += found[0].square().double().cpu()
+        count += 1
+    return _shaped((total / max(count, 1)).sqrt(), weights)
+
+
+def _shaped(flat: Tensor, weights: list[Weight]) -> list[Tensor]:
+    parts = flat.split([w.value.numel() for w in weights])
+    return [part.view_as(w.value) for part, w in zip(parts, weights, strict=True)]
 
 
 def input_hessians(

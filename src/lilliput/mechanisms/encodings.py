@@ -141,22 +141,26 @@ class Codebook(Encoding):
     """Shared values: the centroids train, the assignment of weights to them is frozen.
 
     Code 0 is the zero that pruning left; it has no centroid and stays exactly zero. Code ``k`` is
-    centroid ``k - 1``.
+    centroid ``k - 1``. Several layers may share one codebook, see :func:`share_codebook`.
 
     Args:
         codes: integers in the weight's shape, 0 to the number of centroids.
         centroids: float, shape ``(clusters,)``; where training starts.
+        book: name of a codebook that several weights share.
     """
 
     kind = "codebook"
     codes: Tensor
 
-    def __init__(self, codes: Tensor, centroids: Tensor) -> None:
+    def __init__(self, codes: Tensor, centroids: Tensor, book: str = "") -> None:
         super().__init__()
         self.register_buffer(
             "codes", codes.to(torch.uint8 if len(centroids) < 256 else torch.int32)
         )
         self._start = centroids.detach().clone()
+        self.book = book
+        # What trains, where several weights share it; in a tuple, lest torch takes it for a part of this.
+        self.shared: tuple[nn.Parameter, ...] = ()
         self._members: tuple[Tensor, Tensor | None] | None = None
 
     @classmethod
@@ -182,8 +186,8 @@ class Codebook(Encoding):
         return self._start
 
     def settings(self) -> dict[str, Any]:
-        """How many centroids there are."""
-        return {"clusters": len(self._start)}
+        """How many centroids there are, and whose they are."""
+        return {"clusters": len(self._start), **({"book": self.book} if self.book else {})}
 
     def note(self, original: Tensor) -> None:
         """The centroids have trained."""
@@ -215,7 +219,7 @@ class Codebook(Encoding):
 
     def table(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
         """Codes in the weight's shape, and the value of each code; the zero has one where it occurs."""
-        if self.members()[1] is None:
+        if self.members()[1] is None and not self.book:
             return self.codes - 1, centroids
         return self.codes, torch.cat([centroids.new_zeros(1), centroids])
 
@@ -348,14 +352,42 @@ def _restack(weight: Weight, encodings: list[Encoding]) -> None:
         if isinstance(part, Mask):
             part.lie_on(stack[:place])
         parametrize.register_parametrization(weight.module, weight.tensor, part, unsafe=True)
+    _put_shared(weight)
     if isinstance(weight.module, nn.RNNBase):
         _refresh_before_forward(weight.module)
+
+
+def share_codebook(weights: list[Weight]) -> None:
+    """Let the codebooks of some weights train as one: theirs is a single parameter from now on."""
+    first = original_of(weights[0])
+    assert isinstance(first, nn.Parameter)
+    for weight in weights:
+        codebook = encoding_of(weight, Codebook)
+        assert codebook is not None
+        codebook.shared = (first,)
+        _put_shared(weight)
+
+
+def _put_shared(weight: Weight) -> None:
+    codebook = encoding_of(weight, Codebook)
+    if codebook is not None and codebook.shared:
+        stacks: Any = weight.module.parametrizations
+        stacks[weight.tensor].original = codebook.shared[0]
+
+
+def _leave_shared(weight: Weight) -> None:
+    """Give a weight centroids of its own: torch is about to write into what trains."""
+    codebook = encoding_of(weight, Codebook)
+    if codebook is not None and codebook.shared:
+        stacks: Any = weight.module.parametrizations
+        stacks[weight.tensor].original = nn.Parameter(original_of(weight).detach().clone())
 
 
 def strip(weight: Weight) -> None:
     """Take all encodings off; the effective value becomes an ordinary parameter again."""
     if parametrize.is_parametrized(weight.module, weight.tensor):
         _own_class(weight.module)
+        _leave_shared(weight)
         parametrize.remove_parametrizations(weight.module, weight.tensor, leave_parametrized=True)
         _restore_order(weight.module)
 
@@ -426,6 +458,13 @@ def rebuild(model: nn.Module, description: dict[str, list[dict[str, Any]]]) -> N
     for weight in list(weights(model)):
         for entry in description.get(weight.name, []):
             encode(weight, _empty(weight, dict(entry)))
+    books: dict[str, list[Weight]] = {}
+    for weight in weights(model):
+        codebook = encoding_of(weight, Codebook)
+        if codebook is not None and codebook.book:
+            books.setdefault(codebook.book, []).append(weight)
+    for sharing in books.values():
+        share_codebook(sharing)
 
 
 def _empty(weight: Weight, settings: dict[str, Any]) -> Encoding:
@@ -434,7 +473,9 @@ def _empty(weight: Weight, settings: dict[str, Any]) -> Encoding:
         return Mask(torch.ones_like(like, dtype=torch.bool), **settings)
     if kind == "codebook":
         return Codebook(
-            torch.ones_like(like, dtype=torch.int32), like.new_zeros(settings["clusters"])
+            torch.ones_like(like, dtype=torch.int32),
+            like.new_zeros(settings["clusters"]),
+            settings.get("book", ""),
         )
     if kind == "held":
         return Held(torch.ones_like(like, dtype=torch.bool), like)
