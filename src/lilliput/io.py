@@ -29,7 +29,8 @@ from .errors import (
 )
 from .measure import effective_state
 from .mechanisms import packed
-from .mechanisms.encodings import Codebook, encoding_of, original_of
+from .mechanisms.activations import replace_activations, replaced_activations
+from .mechanisms.encodings import Binary, Codebook, encoding_of, original_of
 from .mechanisms.packing import fit, set_pack, settled
 from .mechanisms.surgery import Plan, apply_plan, checked_plan, transaction
 
@@ -74,6 +75,8 @@ def save(
         structure["plan"] = plan.as_dict()
     if tied:
         structure["tied"] = tied
+    if replaced := replaced_activations(model):
+        structure["activations"] = replaced
     tensors = parts(model)
     if pack is not None:
         structure["tasks"] = packed.describe(pack)
@@ -119,6 +122,7 @@ def load(
         target = model if model is not None else _build(structure, path)
         state, pack = packed.opened(_state(file), structure.get("tasks"), path, task)
     with transaction(target):
+        replace_activations(target, structure.get("activations", {}))
         set_pack(target, None)
         if pack is not None:
             fit(target, pack.own[pack.current])
@@ -134,6 +138,8 @@ def parts(model: nn.Module) -> dict[str, np.ndarray | Coded | BFloat16]:
         codebook = encoding_of(weight, Codebook)
         if codebook is not None:
             coded[weight.name] = _coded(codebook, original_of(weight), weight.value)
+        elif encoding_of(weight, Binary) is not None:
+            coded[weight.name] = _few_values(weight.value)
     return {
         name: coded.get(name) or _to_numpy(tensor)
         for name, tensor in effective_state(model).items()
@@ -184,6 +190,14 @@ def _coded(codebook: Codebook, centroids: Tensor, value: Tensor) -> Coded:
         )
     narrow = np.uint8 if len(table) <= 256 else np.uint16
     return Coded(codes.cpu().numpy().astype(narrow), table.float().cpu().numpy())
+
+
+def _few_values(value: Tensor) -> Coded:
+    """A weight that has at most 256 values, a zero first where there is one."""
+    table, codes = value.detach().cpu().float().unique(return_inverse=True)
+    order = (table != 0).long().argsort(stable=True)
+    place = order.argsort()
+    return Coded(place[codes].numpy().astype(np.uint8), table[order].numpy())
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray | BFloat16:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CorruptArtifact, RunError
+from ..mechanisms.activations import replace_activations, replaced_activations
 from ..mechanisms.encodings import bake, describe, rebuild
 from ..mechanisms.packing import Pack, fit, pack_of, set_pack
 from ..mechanisms.surgery import Plan, apply_plan, checked_plan
@@ -111,7 +112,7 @@ def _put_together(node: Any, tensor: Callable[[str], Tensor]) -> Any:
 
 
 def model_tree(model: nn.Module) -> dict[str, Any]:
-    """All of a model that training may change: channels, modules, tensors, encodings, tasks, dropout rates.
+    """All of a model that training may change: channels, modules, tensors, encodings, tasks, dropout.
 
     Raises:
         ModelMismatch: a part of it was cut on its own, so that the tree could not be loaded.
@@ -120,6 +121,7 @@ def model_tree(model: nn.Module) -> dict[str, Any]:
     return {
         "plan": None if plan is None else plan.as_dict(),
         "tensors": model.state_dict(),
+        "activations": replaced_activations(model),
         "encodings": describe(model),
         "pack": None if pack is None else pack.as_tree(),
         "dropout": {name: module.p for name, module in _dropouts(model)},
@@ -134,6 +136,7 @@ def load_model_tree(
     It may have channels and modules that the tree has not; they are cut out, and an optimizer forgets
     the parameters that go.
     """
+    replace_activations(model, tree["activations"])
     if tree["plan"] is not None:
         apply_plan(model, Plan.from_dict(tree["plan"]), optimizer)
     encoded = describe(model) == tree["encodings"]

@@ -228,6 +228,42 @@ class Codebook(Encoding):
         self._members = None
 
 
+class Binary(Encoding):
+    """One of two values, minus and plus a scale, chosen by the sign of a number that trains.
+
+    The scale is ``sum(d |w|) / sum(d)`` with the curvature d of every entry: equal curvatures give the mean
+    magnitude. The gradient passes to the number unchanged. Zero counts as plus.
+
+    Args:
+        curvature: in the weight's shape, positive.
+        fixed: the scale, where it is not computed.
+    """
+
+    kind = "binary"
+    curvature: Tensor
+
+    def __init__(self, curvature: Tensor, fixed: float | None = None) -> None:
+        super().__init__()
+        self.register_buffer("curvature", curvature.detach().clone())
+        self.fixed = fixed
+
+    def settings(self) -> dict[str, Any]:
+        """The scale, where it is fixed."""
+        return {} if self.fixed is None else {"fixed": self.fixed}
+
+    def scale(self, value: Tensor) -> Tensor:
+        """alpha, a scalar."""
+        if self.fixed is not None:
+            return value.new_tensor(self.fixed)
+        return (self.curvature * value.abs()).sum() / self.curvature.sum()
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The effective weight."""
+        known = value.detach()
+        binary = torch.where(known >= 0, 1.0, -1.0).to(known) * self.scale(known)
+        return binary + (value - known)  # in this order what is added is exactly zero
+
+
 class Held(Encoding):
     """Some entries are held at given values, and only the others train.
 
@@ -289,7 +325,8 @@ class Threshold(Encoding):
     def forward(self, value: Tensor) -> Tensor:
         """The effective weight."""
         numbers = self.numbers
-        return value.detach() * (numbers + (self.mask().to(numbers) - numbers).detach())
+        # In this order what is added to the mask is exactly zero.
+        return value.detach() * (self.mask().to(numbers) + (numbers - numbers.detach()))
 
 
 class LeftOut(Encoding):
@@ -318,7 +355,7 @@ class LeftOut(Encoding):
 _ORDER = "_lilliput_parameter_order"
 
 KINDS: dict[str, type[Encoding]] = {
-    cls.kind: cls for cls in (Mask, Codebook, Held, Threshold, LeftOut)
+    cls.kind: cls for cls in (Mask, Codebook, Binary, Held, Threshold, LeftOut)
 }
 
 
@@ -477,6 +514,8 @@ def _empty(weight: Weight, settings: dict[str, Any]) -> Encoding:
             like.new_zeros(settings["clusters"]),
             settings.get("book", ""),
         )
+    if kind == "binary":
+        return Binary(torch.ones_like(like), **settings)
     if kind == "held":
         return Held(torch.ones_like(like, dtype=torch.bool), like)
     if kind == "threshold":

@@ -1,0 +1,95 @@
+"""Activations of few values, in place of a network's own.
+
+A method that quantizes activations replaces modules (``relu1``) by one of the kinds below. Which ones, and
+how, belongs to the network as its plan does: it goes into copies, checkpoints and the compressed file, and
+a fresh instance of the user's class gets the same modules when the file is loaded.
+
+The surprising rule: these modules have no parameters, so a ``state_dict`` does not tell that they are there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CorruptArtifact, InputError
+
+#: A plain attribute of the root module: name of a module -> kind and settings.
+_ATTRIBUTE = "lilliput_activations"
+
+
+class Activation(nn.Module):
+    """Base of the kinds.
+
+    Class attributes:
+        kind: its name in files.
+    """
+
+    kind: ClassVar[str]
+
+    def settings(self) -> dict[str, Any]:
+        """What a file needs to build it again, as plain JSON values."""
+        return {}
+
+
+class BinaryActivation(Activation):
+    """The sign, zero counting as plus; its gradient passes where the input lies within -1 and 1."""
+
+    kind = "binary"
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Minus or plus one."""
+        gated = inputs.clamp(-1.0, 1.0)
+        signs = torch.where(inputs >= 0, 1.0, -1.0).to(inputs)
+        return signs + (gated - gated.detach())  # in this order what is added is exactly zero
+
+
+KINDS: dict[str, type[Activation]] = {cls.kind: cls for cls in (BinaryActivation,)}
+
+
+def replace_activation(model: nn.Module, name: str, activation: Activation) -> None:
+    """Put an activation in the place of a module, and remember it.
+
+    Raises:
+        InputError: the module has parameters or buffers, which would be lost.
+    """
+    old = model.get_submodule(name)
+    if any(True for _ in old.parameters()) or any(True for _ in old.buffers()):
+        raise InputError(
+            f"{name} is a {type(old).__name__} with tensors of its own: only a module without any "
+            "(nn.ReLU) can be replaced by a quantized activation."
+        )
+    model.set_submodule(name, activation.train(old.training))
+    replaced = dict(replaced_activations(model))
+    replaced[name] = {"kind": activation.kind, **activation.settings()}
+    setattr(model, _ATTRIBUTE, replaced)
+
+
+def replaced_activations(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Which modules have been replaced, and by what."""
+    found: dict[str, dict[str, Any]] = vars(model).get(_ATTRIBUTE, {})
+    return found
+
+
+def replace_activations(model: nn.Module, described: Any) -> None:
+    """Do to a fresh network what :func:`replaced_activations` says of another.
+
+    Raises:
+        CorruptArtifact: the description names no kind that there is, or no module.
+    """
+    if not isinstance(described, dict):
+        raise CorruptArtifact(f"what the file says of activations cannot be: {described!r:.80}.")
+    for name, settings in described.items():
+        if replaced_activations(model).get(name) == settings:
+            continue
+        try:
+            kind = KINDS[settings["kind"]]
+            made = kind(**{k: v for k, v in settings.items() if k != "kind"})
+            replace_activation(model, name, made)
+        except (KeyError, TypeError, AttributeError, InputError) as error:
+            raise CorruptArtifact(
+                f"what the file says of the activation {name!r:.80} cannot be: {settings!r:.80} "
+                f"({error}). Get it again from its source, or give the network that it was made from."
+            ) from error
