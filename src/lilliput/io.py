@@ -19,7 +19,7 @@ from . import artifact
 from .artifact import BFloat16, Coded
 from .core import registry
 from .core.recipe import ArtifactSettings
-from .core.select import weights
+from .core.select import Weight, weights
 from .errors import (
     CorruptArtifact,
     InputError,
@@ -35,6 +35,8 @@ from .mechanisms.packing import fit, set_pack, settled
 from .mechanisms.surgery import Plan, apply_plan, checked_plan, transaction
 
 Path_ = str | PathLike[str]
+#: Before the name of a tensor: the scales of its filters.
+_SCALES = "scales/"
 
 
 def save(
@@ -133,17 +135,26 @@ def load(
 
 def parts(model: nn.Module) -> dict[str, np.ndarray | Coded | BFloat16]:
     """The effective tensors of a model as the artifact stores them, codes where there are any."""
-    coded = {}
+    coded: dict[str, Coded] = {}
+    scales: dict[str, np.ndarray | BFloat16] = {}
     for weight in weights(model):
         codebook = encoding_of(weight, Codebook)
         if codebook is not None:
             coded[weight.name] = _coded(codebook, original_of(weight), weight.value)
-        elif encoding_of(weight, Binary) is not None:
-            coded[weight.name] = _few_values(weight.value)
-    return {
-        name: coded.get(name) or _to_numpy(tensor)
-        for name, tensor in effective_state(model).items()
-    }
+        elif (binary := encoding_of(weight, Binary)) is not None:
+            scale = _scale_of(weight, binary)
+            coded[weight.name] = _few_values(weight.value.detach() / scale)
+            if binary.by_filter:
+                scales[f"{_SCALES}{weight.name}"] = _to_numpy(scale.flatten())
+    state = effective_state(model).items()
+    return {name: coded.get(name) or _to_numpy(tensor) for name, tensor in state} | scales
+
+
+def _scale_of(weight: Weight, binary: Binary) -> Tensor:
+    """What the file keeps apart: a scale for each filter; 1 where the values themselves are few."""
+    if not binary.by_filter:
+        return weight.value.new_ones(())
+    return weight.value.detach().abs().flatten(1).amax(1).view(-1, *[1] * (weight.value.ndim - 1))
 
 
 def tied_names(state: dict[str, Tensor]) -> dict[str, str]:
@@ -170,7 +181,8 @@ def _state(file: artifact.Artifact) -> dict[str, Tensor]:
     Raises:
         CorruptArtifact: a second name stands for a tensor that the file lacks, or has itself.
     """
-    state = {name: _to_torch(file, name) for name in file.names()}
+    stored = {name: _to_torch(file, name) for name in file.names()}
+    state = {n: _scaled(n, t, stored) for n, t in stored.items() if not n.startswith(_SCALES)}
     tied = _structure(file).get("tied", {})
     named = isinstance(tied, dict) and all(isinstance(first, str) for first in tied.values())
     if not named or not set(tied.values()) <= state.keys() or tied.keys() & state.keys():
@@ -179,6 +191,23 @@ def _state(file: artifact.Artifact) -> dict[str, Tensor]:
             "save the model again."
         )
     return state | {name: state[first] for name, first in tied.items()}
+
+
+def _scaled(name: str, tensor: Tensor, stored: dict[str, Tensor]) -> Tensor:
+    """A tensor times the scale of each filter, where the file has scales for it.
+
+    Raises:
+        CorruptArtifact: there are not as many as filters.
+    """
+    scale = stored.get(f"{_SCALES}{name}")
+    if scale is None:
+        return tensor
+    if not tensor.ndim or scale.shape != tensor.shape[:1]:
+        raise CorruptArtifact(
+            f"{name} has the shape {tuple(tensor.shape)} and its scales {tuple(scale.shape)}: there "
+            "should be one for each filter. Get the file again from its source."
+        )
+    return tensor * scale.view(-1, *[1] * (tensor.ndim - 1))
 
 
 def _coded(codebook: Codebook, centroids: Tensor, value: Tensor) -> Coded:

@@ -37,6 +37,7 @@ def mlp(
     input_dropout: float = 0.0,
     activation: str = "relu",
     bottleneck: int | None = None,
+    norm: bool = False,
 ) -> nn.Module:
     """Linear layers with ReLU between them, 784-500-300-10 by default, 545,810 parameters.
 
@@ -52,6 +53,7 @@ def mlp(
         bottleneck: units k of a linear layer without bias before fc1. Its weight V ``(k, inputs)`` and that
             of fc1, U ``(hidden[0], k)``, stand for fc1's W = U V, which a wide layer learns faster and
             stores in ``k * (inputs + hidden[0])`` numbers instead of ``inputs * hidden[0]``.
+        norm: batch normalization before every activation, norm1 and so on, as networks of few bits want it.
 
     Raises:
         InputError: a width is below 1, a probability not in [0, 1), or there is a bottleneck and no
@@ -78,6 +80,8 @@ def mlp(
         inputs = bottleneck
     for number, (before, after) in enumerate(pairwise([inputs, *hidden]), 1):
         layers[f"fc{number}"] = nn.Linear(before, after)
+        if norm:
+            layers[f"norm{number}"] = nn.BatchNorm1d(after)
         layers[f"{activation}{number}"] = _ACTIVATIONS[activation]()
         if dropout:
             layers[f"dropout{number}"] = nn.Dropout(dropout)

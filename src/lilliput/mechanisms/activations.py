@@ -9,6 +9,7 @@ The surprising rule: these modules have no parameters, so a ``state_dict`` does 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -46,7 +47,57 @@ class BinaryActivation(Activation):
         return signs + (gated - gated.detach())  # in this order what is added is exactly zero
 
 
-KINDS: dict[str, type[Activation]] = {cls.kind: cls for cls in (BinaryActivation,)}
+class HalfWave(Activation):
+    """Zero for what is not positive, else the level in whose interval the input lies.
+
+    Intervals end in the middle between two levels; the first begins at zero.
+
+    Args:
+        levels: positive, ascending.
+        gate: what passes as the gradient of the input x: ``clipped``, 1 for 0 < x <= the highest level;
+            ``relu``, 1 for all positive x; ``log``, like clipped and ``1 / (x - highest + 1)`` beyond.
+
+    Raises:
+        InputError: the levels are not positive and ascending, or there is no such gate.
+    """
+
+    kind = "half_wave"
+
+    def __init__(self, levels: list[float], gate: str = "clipped") -> None:
+        super().__init__()
+        if not levels or any(b <= a for a, b in pairwise([0.0, *levels])):
+            raise InputError(f"the levels {levels} of a half-wave are not positive and ascending.")
+        if gate not in ("clipped", "relu", "log"):
+            raise InputError(f"a half-wave's gate is clipped, relu or log, not {gate!r}.")
+        self.levels, self.gate = [float(level) for level in levels], gate
+
+    def settings(self) -> dict[str, Any]:
+        """Levels and gate."""
+        return {"levels": self.levels, "gate": self.gate}
+
+    def extra_repr(self) -> str:
+        """The same."""
+        return f"{[round(level, 4) for level in self.levels]}, {self.gate}"
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """One of the levels, or zero."""
+        found = torch.zeros_like(inputs)
+        for before, level in pairwise([0.0, *self.levels]):
+            border = (before + level) / 2.0 if before else 0.0
+            found = torch.where(inputs > border, level, found)
+        passing = inputs * self._slope(inputs.detach())
+        return found + (passing - passing.detach())
+
+    def _slope(self, inputs: Tensor) -> Tensor:
+        highest = self.levels[-1]
+        positive = (inputs > 0).to(inputs)
+        if self.gate == "relu":
+            return positive
+        beyond = 1.0 / (inputs - highest + 1.0) if self.gate == "log" else torch.zeros_like(inputs)
+        return torch.where(inputs > highest, beyond, positive)
+
+
+KINDS: dict[str, type[Activation]] = {cls.kind: cls for cls in (BinaryActivation, HalfWave)}
 
 
 def replace_activation(model: nn.Module, name: str, activation: Activation) -> None:

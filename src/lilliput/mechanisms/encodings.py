@@ -237,25 +237,30 @@ class Binary(Encoding):
     Args:
         curvature: in the weight's shape, positive.
         fixed: the scale, where it is not computed.
+        by_filter: a scale for each filter, instead of one for the layer.
     """
 
     kind = "binary"
     curvature: Tensor
 
-    def __init__(self, curvature: Tensor, fixed: float | None = None) -> None:
+    def __init__(
+        self, curvature: Tensor, fixed: float | None = None, by_filter: bool = False
+    ) -> None:
         super().__init__()
         self.register_buffer("curvature", curvature.detach().clone())
-        self.fixed = fixed
+        self.fixed, self.by_filter = fixed, by_filter
 
     def settings(self) -> dict[str, Any]:
-        """The scale, where it is fixed."""
-        return {} if self.fixed is None else {"fixed": self.fixed}
+        """How the scale is found."""
+        return {"fixed": self.fixed, "by_filter": self.by_filter}
 
     def scale(self, value: Tensor) -> Tensor:
-        """alpha, a scalar."""
+        """alpha: a scalar, or ``(filters, 1, ...)``."""
         if self.fixed is not None:
             return value.new_tensor(self.fixed)
-        return (self.curvature * value.abs()).sum() / self.curvature.sum()
+        over = tuple(range(int(self.by_filter), value.ndim))
+        total = (self.curvature * value.abs()).sum(over, keepdim=self.by_filter)
+        return total / self.curvature.sum(over, keepdim=self.by_filter)
 
     def forward(self, value: Tensor) -> Tensor:
         """The effective weight."""

@@ -82,7 +82,6 @@ class LossAwareBinary(LayerMethod):
         """Binarize; from now on the signs of what trains count."""
         chosen, memory = self.weights(run.model), self.memory(run)
         memory["before"] = {w.name: len(w.value.detach().unique()) for w in chosen}
-        memory["moments"] = {}
         for weight in chosen:
             if encoding_of(weight, Codebook) is not None:
                 raise InputError(
@@ -90,8 +89,7 @@ class LossAwareBinary(LayerMethod):
                     f"leave it out with '!{weight.layer}'."
                 )
             fixed = 1.0 if self.scale == "one" else None
-            encode(weight, Binary(torch.ones_like(weight.value), fixed))
-            memory["moments"][weight.name] = torch.zeros_like(weight.value)
+            encode(weight, Binary(torch.full_like(weight.value, _SMALL), fixed))
         for name in self._activations(run.model):
             replace_activation(run.model, name, BinaryActivation())
 
@@ -100,13 +98,12 @@ class LossAwareBinary(LayerMethod):
         """Take in the gradient at the binary weights; the next scale minds it."""
         if self.scale != "loss":
             return
-        moments = self.memory(run)["moments"]
         for weight in self.weights(run.model):
-            gradient = original_of(weight).grad
+            gradient, curvature = original_of(weight).grad, _binary(weight).curvature
             if gradient is not None:
-                moment = moments[weight.name].to(gradient)
-                moments[weight.name] = moment.lerp(gradient.square(), 1.0 - self.decay)
-                _binary(weight).curvature.copy_(moments[weight.name].sqrt() + _SMALL)
+                # The moment is kept as its root only, in the encoding, which surgery cuts along.
+                moment = (curvature - _SMALL).square().lerp(gradient.square(), 1.0 - self.decay)
+                curvature.copy_(moment.sqrt() + _SMALL)
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
