@@ -30,7 +30,7 @@ from .errors import (
 from .measure import effective_state
 from .mechanisms import packed
 from .mechanisms.activations import replace_activations, replaced_activations
-from .mechanisms.encodings import Binary, Codebook, encoding_of, original_of
+from .mechanisms.encodings import Binary, Codebook, IntegerGrid, encoding_of, original_of
 from .mechanisms.packing import fit, set_pack, settled
 from .mechanisms.surgery import Plan, apply_plan, checked_plan, transaction
 
@@ -141,6 +141,8 @@ def parts(model: nn.Module) -> dict[str, np.ndarray | Coded | BFloat16]:
         codebook = encoding_of(weight, Codebook)
         if codebook is not None:
             coded[weight.name] = _coded(codebook, original_of(weight), weight.value)
+        elif encoding_of(weight, IntegerGrid) is not None:
+            coded[weight.name] = _few_values(weight.value)
         elif (binary := encoding_of(weight, Binary)) is not None:
             scale = _scale_of(weight, binary)
             coded[weight.name] = _few_values(weight.value.detach() / scale)

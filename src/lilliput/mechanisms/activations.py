@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CorruptArtifact, InputError
+from .encodings import on_grid
 
 #: A plain attribute of the root module: name of a module -> kind and settings.
 _ATTRIBUTE = "lilliput_activations"
@@ -97,7 +98,83 @@ class HalfWave(Activation):
         return torch.where(inputs > highest, beyond, positive)
 
 
-KINDS: dict[str, type[Activation]] = {cls.kind: cls for cls in (BinaryActivation, HalfWave)}
+class IntegerActivation(Activation):
+    """The positive part on a grid of ``2^(1 - bits)`` below one; what comes back is an error of few bits.
+
+    Forward: the ReLU, clipped at ``1 - 2^(1 - bits)`` and rounded. Backward: the error is divided by the
+    power of two nearest its largest magnitude, clipped and rounded to ``error_bits``, and passes where
+    the input was positive and not clipped.
+
+    Args:
+        bits: of an activation.
+        error_bits: of an error.
+        rectify: whether negative inputs become zero; the last layer's outputs are only rounded.
+    """
+
+    kind = "integer"
+
+    def __init__(self, bits: int = 8, error_bits: int = 8, rectify: bool = True) -> None:
+        super().__init__()
+        self.bits, self.error_bits, self.rectify = bits, error_bits, rectify
+
+    def settings(self) -> dict[str, Any]:
+        """Bits, and whether it rectifies."""
+        return {"bits": self.bits, "error_bits": self.error_bits, "rectify": self.rectify}
+
+    def extra_repr(self) -> str:
+        """The same."""
+        return f"{self.bits} bits, errors {self.error_bits} bits"
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Multiples of the step."""
+        lowest = 0.0 if self.rectify else -1.0 + 2.0 ** (1 - self.bits)
+        kept = inputs.clamp(lowest, 1.0 - 2.0 ** (1 - self.bits))
+        found = on_grid(inputs.detach().clamp_min(lowest), self.bits)
+        passing = with_integer_error(kept, self.error_bits)
+        return found + (passing - passing.detach())
+
+
+class _IntegerError(torch.autograd.Function):
+    """The identity, whose gradient is scaled and rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, bits: int) -> Tensor:
+        ctx.bits = bits
+        return inputs.view_as(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return integer_error(gradients[0], ctx.bits), None
+
+
+def with_integer_error(inputs: Tensor, bits: int) -> Tensor:
+    """The same, but what comes back in the backward pass is :func:`integer_error` of what came."""
+    apply: Any = _IntegerError.apply
+    found: Tensor = apply(inputs, bits) if inputs.requires_grad else inputs
+    return found
+
+
+def power_of_two(value: Tensor) -> Tensor:
+    """``2^round(log2 x)``.
+
+    Example:
+        >>> power_of_two(torch.tensor([0.7, 1.5, 3.0]))
+        tensor([0.5000, 2.0000, 4.0000])
+    """
+    return torch.exp2(value.log2().round())
+
+
+def integer_error(error: Tensor, bits: int) -> Tensor:
+    """An error scaled by the power of two nearest its largest magnitude, and rounded."""
+    largest = error.abs().max()
+    if not bool(largest > 0):
+        return error
+    return on_grid(error / power_of_two(largest), bits)
+
+
+KINDS: dict[str, type[Activation]] = {
+    cls.kind: cls for cls in (BinaryActivation, HalfWave, IntegerActivation)
+}
 
 
 def replace_activation(model: nn.Module, name: str, activation: Activation) -> None:

@@ -269,6 +269,44 @@ class Binary(Encoding):
         return binary + (value - known)  # in this order what is added is exactly zero
 
 
+class IntegerGrid(Encoding):
+    """Multiples of a power of two between minus and plus one, divided by a layer's scale.
+
+    ``round(clip(w) / s) s / divisor`` with ``s = 2^(1 - bits)`` and w clipped to ``-1 + s ... 1 - s``. The
+    gradient passes to w unchanged.
+
+    Args:
+        bits: of a weight, sign included.
+        divisor: a power of two.
+    """
+
+    kind = "integer_grid"
+
+    def __init__(self, bits: int, divisor: float) -> None:
+        super().__init__()
+        self.bits, self.divisor = bits, divisor
+
+    def settings(self) -> dict[str, Any]:
+        """Bits and divisor."""
+        return {"bits": self.bits, "divisor": self.divisor}
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The effective weight."""
+        known = value.detach()
+        return on_grid(known, self.bits) / self.divisor + (value - known) / self.divisor
+
+
+def on_grid(value: Tensor, bits: int) -> Tensor:
+    """The nearest multiple of ``2^(1 - bits)`` that lies between minus and plus one.
+
+    Example:
+        >>> on_grid(torch.tensor([-3.0, 0.2, 0.3]), 2)
+        tensor([-0.5000,  0.0000,  0.5000])
+    """
+    step = 2.0 ** (1 - bits)
+    return (value.clamp(step - 1.0, 1.0 - step) / step).round() * step
+
+
 class Held(Encoding):
     """Some entries are held at given values, and only the others train.
 
@@ -360,7 +398,7 @@ class LeftOut(Encoding):
 _ORDER = "_lilliput_parameter_order"
 
 KINDS: dict[str, type[Encoding]] = {
-    cls.kind: cls for cls in (Mask, Codebook, Binary, Held, Threshold, LeftOut)
+    cls.kind: cls for cls in (Mask, Codebook, Binary, IntegerGrid, Held, Threshold, LeftOut)
 }
 
 
@@ -521,6 +559,8 @@ def _empty(weight: Weight, settings: dict[str, Any]) -> Encoding:
         )
     if kind == "binary":
         return Binary(torch.ones_like(like), **settings)
+    if kind == "integer_grid":
+        return IntegerGrid(**settings)
     if kind == "held":
         return Held(torch.ones_like(like, dtype=torch.bool), like)
     if kind == "threshold":
