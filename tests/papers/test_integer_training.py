@@ -18,7 +18,7 @@ from lilliput.engine.progress import Watcher
 from lilliput.errors import InputError, NothingMatched
 from lilliput.mechanisms.activations import IntegerActivation, integer_error, power_of_two
 from lilliput.mechanisms.encodings import on_grid, original_of
-from lilliput.methods import IntegerTraining, Magnitude
+from lilliput.methods import Codebook, IntegerTraining
 from lilliput.methods.quantize.integer_training import beginning, integer_update
 from lilliput.testing import NETWORKS
 
@@ -144,10 +144,10 @@ def test_bad_input() -> None:
     with pytest.raises(NothingMatched, match="inside forward"):
         IntegerTraining().check(TRANSFORMER.build())
     stages = [
-        Stage(methods=[Magnitude(sparsity=0.5)], train=Train(epochs=0)),
+        Stage(methods=[Codebook(bits=2)], train=Train(epochs=0)),
         Stage(methods=[IntegerTraining()], train=Train(epochs=1, optimizer="sgd")),
     ]
-    with pytest.raises(InputError, match="encoded already"):
+    with pytest.raises(InputError, match="shared values already"):
         lilliput.compress(MLP.build(), MLP.task(), stages)
     batches = [(torch.randn(8, 12), torch.randn(8, 3))]
     task = lilliput.Task(batches, batches, batches, nn.functional.mse_loss, _closeness)

@@ -10,6 +10,7 @@ The surprising rule: integers that the modules hold are replaced by integers tha
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -135,7 +136,8 @@ def _meta(tensor: Tensor) -> Tensor:
 def _computed(stack: Any) -> Tensor | None:
     """A tensor like the weight that a stack of parametrizations computes, if it can be computed."""
     if all(isinstance(part, Encoding) for part in stack):
-        like = next(stack[0].buffers())
+        of_the_innermost = itertools.chain(stack[0].buffers(), stack[0].parameters())
+        like = next(of_the_innermost, stack.original)
         return torch.empty(like.shape, dtype=stack.original.dtype, device="meta")
     try:
         return torch.empty_like(stack.eval()(), device="meta")

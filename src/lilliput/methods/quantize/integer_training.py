@@ -53,7 +53,7 @@ from ...mechanisms.activations import (
     replace_activation,
     with_integer_error,
 )
-from ...mechanisms.encodings import Encoding, IntegerGrid, encode, original_of
+from ...mechanisms.encodings import Binary, Codebook, IntegerGrid, encode, original_of
 
 Bits = Annotated[int, Field(ge=2, le=16)]
 
@@ -111,7 +111,7 @@ class IntegerTraining(LayerMethod):
 
     Raises:
         NothingMatched: no activation module can be replaced.
-        InputError: a weight is encoded already; the targets of ``squares`` are no classes.
+        InputError: a weight is of shared values already; the targets of ``squares`` are no classes.
 
     Example:
         >>> IntegerTraining().weight_bits
@@ -198,10 +198,10 @@ class IntegerTraining(LayerMethod):
 
     @torch.no_grad()
     def _begin(self, run: Run, weight: Weight) -> None:
-        if any(isinstance(e, Encoding) for e in weight.encodings()):
+        if any(isinstance(e, Codebook | Binary) for e in weight.encodings()):
             raise InputError(
-                f"integer_training: {weight.name} is encoded already, and integer training begins with "
-                "weights of its own. List it before the methods that encode weights."
+                f"integer_training: {weight.name} is of shared values already, and integer training "
+                "begins with weights of its own. List it before the methods that share values."
             )
         reach, alpha = beginning(
             weight.value[0].numel(), self.weight_bits, self.limit_factor, self.beta
@@ -210,8 +210,8 @@ class IntegerTraining(LayerMethod):
         drawn = torch.rand(weight.value.shape, generator=generator).to(weight.value)
         step = 2.0 ** (1 - self.gradient_bits)
         first = ((2.0 * drawn - 1.0) * reach / step).round() * step
-        weight.value.copy_(first.clamp(step - 1.0, 1.0 - step))
         encode(weight, IntegerGrid(self.weight_bits, alpha))
+        original_of(weight).copy_(first.clamp(step - 1.0, 1.0 - step))
 
     def _rectifiers(self, model: nn.Module) -> list[str]:
         kinds: Any = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, IntegerActivation)
