@@ -43,12 +43,12 @@ from torch import nn
 from ...core.method import LayerMethod
 from ...core.registry import method
 from ...core.run import Run
-from ...core.select import matches
 from ...core.types import Change, Layers
-from ...errors import InputError, NothingMatched, did_you_mean
+from ...errors import InputError
 from ...mechanisms.activations import HalfWave as Quantizer
 from ...mechanisms.activations import replace_activation
 from ...mechanisms.encodings import Binary, Codebook, encode, encoding_of
+from ._rectifiers import rectifiers
 
 _NORMS = nn.modules.batchnorm._NormBase
 
@@ -137,14 +137,14 @@ class HalfWave(LayerMethod):
     def check(self, model: nn.Module) -> None:
         """Both patterns must cover something."""
         super().check(model)
-        self._rectifiers(model)
+        rectifiers(model, self.activations, self.method_name())
 
     def attach(self, run: Run) -> None:
         """Replace activations, make normalizations plain, binarize."""
         chosen, memory = self.weights(run.model), self.memory(run)
         memory["before"] = {w.name: len(w.value.detach().unique()) for w in chosen}
         levels = list(half_wave_levels(2**self.bits - 1, self.uniform))
-        memory["replaced"] = self._rectifiers(run.model)
+        memory["replaced"] = rectifiers(run.model, self.activations, self.method_name())
         for name in memory["replaced"]:
             replace_activation(run.model, name, Quantizer(levels, self.gate))
         memory["plain"] = _plain_norms(run.model)
@@ -171,20 +171,6 @@ class HalfWave(LayerMethod):
             Change(name, "levels of the activation", "all", count, self.method_name())
             for name in memory["replaced"]
         ]
-
-    def _rectifiers(self, model: nn.Module) -> list[str]:
-        """The activation modules to replace; those that are replaced already count."""
-        kinds = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, Quantizer)
-        known = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-        found = [name for name in known if matches(self.activations, name)]
-        if not found:
-            hint = did_you_mean(str(self.activations).strip("*!"), known) or (
-                " The model has no activation modules: calls of torch.relu inside forward cannot be replaced."
-            )
-            raise NothingMatched(
-                f"half_wave: activations: {self.activations!r} covers no activation module.{hint}"
-            )
-        return found
 
 
 @torch.no_grad()

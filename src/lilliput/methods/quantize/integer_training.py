@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -44,9 +44,9 @@ from torch.nn import functional as F
 from ...core.method import LayerMethod
 from ...core.registry import method
 from ...core.run import Run
-from ...core.select import Weight, matches
+from ...core.select import Weight
 from ...core.types import Change, Layers, Positive
-from ...errors import InputError, NothingMatched, did_you_mean
+from ...errors import InputError
 from ...mechanisms.activations import (
     IntegerActivation,
     power_of_two,
@@ -54,6 +54,7 @@ from ...mechanisms.activations import (
     with_integer_error,
 )
 from ...mechanisms.encodings import Binary, Codebook, IntegerGrid, encode, original_of
+from ._rectifiers import rectifiers
 
 Bits = Annotated[int, Field(ge=2, le=16)]
 
@@ -133,7 +134,7 @@ class IntegerTraining(LayerMethod):
     def check(self, model: nn.Module) -> None:
         """Both patterns must cover something."""
         super().check(model)
-        self._rectifiers(model)
+        rectifiers(model, self.activations, self.method_name())
 
     def attach(self, run: Run) -> None:
         """Draw the first weights, and put everything on its grid."""
@@ -142,7 +143,7 @@ class IntegerTraining(LayerMethod):
         for weight in chosen:
             self._begin(run, weight)
         memory["frozen"] = _without_biases(run.model, chosen)
-        memory["replaced"] = self._rectifiers(run.model)
+        memory["replaced"] = rectifiers(run.model, self.activations, self.method_name())
         for name in memory["replaced"]:
             made = IntegerActivation(self.activation_bits, self.error_bits)
             replace_activation(run.model, name, made)
@@ -212,19 +213,6 @@ class IntegerTraining(LayerMethod):
         first = ((2.0 * drawn - 1.0) * reach / step).round() * step
         encode(weight, IntegerGrid(self.weight_bits, alpha))
         original_of(weight).copy_(first.clamp(step - 1.0, 1.0 - step))
-
-    def _rectifiers(self, model: nn.Module) -> list[str]:
-        kinds: Any = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, IntegerActivation)
-        known = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-        found = [name for name in known if matches(self.activations, name)]
-        if not found:
-            hint = did_you_mean(str(self.activations).strip("*!"), known) or (
-                " The model has no activation modules: calls of torch.relu inside forward cannot be replaced."
-            )
-            raise NothingMatched(
-                f"integer_training: activations: {self.activations!r} covers no activation module.{hint}"
-            )
-        return found
 
 
 @torch.no_grad()

@@ -36,11 +36,12 @@ from torch import nn
 from ...core.method import LayerMethod
 from ...core.registry import method
 from ...core.run import Run
-from ...core.select import Weight, matches
+from ...core.select import Weight
 from ...core.types import Change, Layers
-from ...errors import InputError, NothingMatched, did_you_mean
+from ...errors import InputError
 from ...mechanisms.activations import BinaryActivation, replace_activation
 from ...mechanisms.encodings import Binary, Codebook, encode, encoding_of, original_of
+from ._rectifiers import rectifiers
 
 #: Added to the root of the second moment, as the authors' code does.
 _SMALL = 1e-8
@@ -53,12 +54,13 @@ class LossAwareBinary(LayerMethod):
     Attributes:
         scale: ``loss`` as the paper says, ``mean``, or ``one``.
         decay: of the second moment.
-        activations: pattern over modules without tensors (``nn.ReLU``) that become the sign; None for none.
+        activations: pattern over the activation modules (``nn.ReLU`` and the like) that become the sign; None
+            for none.
         clip: keep the numbers that train within -1 and 1.
         layers: pattern over module names.
 
     Raises:
-        NothingMatched: the pattern of activations covers no such module.
+        NothingMatched: the pattern of activations covers no activation module.
         InputError: a weight already is of shared values.
 
     Example:
@@ -125,19 +127,7 @@ class LossAwareBinary(LayerMethod):
     def _activations(self, model: nn.Module) -> list[str]:
         if self.activations is None:
             return []
-        plain = [
-            n
-            for n, m in model.named_modules()
-            if n and not m.state_dict() and not list(m.children())
-        ]
-        found = [name for name in plain if matches(self.activations, name)]
-        if not found:
-            hint = did_you_mean(str(self.activations).strip("*!"), plain)
-            raise NothingMatched(
-                f"loss_aware_binary: activations: {self.activations!r} covers no module without "
-                f"tensors.{hint}"
-            )
-        return found
+        return rectifiers(model, self.activations, self.method_name())
 
 
 def _binary(weight: Weight) -> Binary:
