@@ -218,6 +218,7 @@ def settled(model: nn.Module, state: Tensors) -> Pack | None:
     pack = pack_of(model)
     if pack is None:
         return None
+    pack = pack.mapped(lambda name, tensor: tensor.to(state[name].device))
     task, several = pack.current, len(pack.tasks) > 1
     own = {name: state[name].detach().clone() for name in pack.own[task]}
     mine = {name: _mine(pack, name, several) for name in pack.weights}
