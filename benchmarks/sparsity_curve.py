@@ -1,4 +1,4 @@
-"""Accuracy against sparsity on Fashion-MNIST, every method that prunes single weights; and dense-sparse-dense.
+"""Accuracy against sparsity on Fashion-MNIST for every method that prunes single weights, and DSD.
 
     python benchmarks/sparsity_curve.py                      # all rows, three seeds
     python benchmarks/sparsity_curve.py --only gradual --seeds 0 --jobs 2
