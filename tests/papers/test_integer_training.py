@@ -18,7 +18,7 @@ from lilliput.engine.progress import Watcher
 from lilliput.errors import InputError, NothingMatched
 from lilliput.mechanisms.activations import IntegerActivation, integer_error, power_of_two
 from lilliput.mechanisms.encodings import on_grid, original_of
-from lilliput.methods import Codebook, IntegerTraining
+from lilliput.methods import Codebook, IntegerTraining, Magnitude
 from lilliput.methods.quantize.integer_training import beginning, integer_update
 from lilliput.testing import NETWORKS
 
@@ -154,3 +154,16 @@ def test_bad_input() -> None:
     with pytest.raises(InputError, match="class numbers"):
         stage = Stage(methods=[IntegerTraining()], train=Train(epochs=1, optimizer="sgd"))
         lilliput.compress(MLP.build(), task, [stage])
+
+
+def test_a_mask_in_a_later_stage_leaves_the_other_weights_as_they_are() -> None:
+    """What trains is kept when the stack of encodings is built anew, not what it computes."""
+    stages = [
+        Stage(methods=[IntegerTraining()], train=Train(epochs=1, optimizer="sgd", lr=4.0)),
+        Stage(methods=[Magnitude(sparsity=0.5, remove_dead=False)], train=Train(epochs=0)),
+    ]
+    first = lilliput.compress(MLP.build(), MLP.task(), stages[:1]).model
+    both = lilliput.compress(MLP.build(), MLP.task(), stages).model
+    for one, two in zip(select(first), select(both), strict=True):
+        kept = two.value != 0
+        assert torch.equal(one.value[kept], two.value[kept])

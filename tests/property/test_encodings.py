@@ -14,9 +14,14 @@ from torch import Tensor, nn
 from lilliput.core.select import Weight, select
 from lilliput.errors import UnknownName
 from lilliput.mechanisms.encodings import (
+    Binary,
     Codebook,
     Encoding,
+    Held,
+    IntegerGrid,
+    LeftOut,
     Mask,
+    Threshold,
     bake,
     describe,
     encode,
@@ -26,11 +31,20 @@ from lilliput.mechanisms.encodings import (
     rebuild,
     stored_masks,
     strip,
+    take_off,
 )
 from lilliput.mechanisms.ranking import count, keep_largest, keep_largest_together
 
-KINDS = ("hard", "straight_through", "codebook")
-stacks = st.lists(st.sampled_from(KINDS), min_size=1, max_size=4)
+#: Those of which a weight has one at most: they lie innermost and say which values there are.
+VALUES = ("codebook", "binary", "by_filter", "integer_grid")
+KINDS = ("hard", "straight_through", "held", "threshold", "left_out", *VALUES)
+
+
+def one_of_values(kinds: list[str]) -> bool:
+    return len(set(kinds) & set(VALUES)) <= 1
+
+
+stacks = st.lists(st.sampled_from(KINDS), min_size=1, max_size=4).filter(one_of_values)
 seeds = st.integers(0, 2**31)
 few = settings(max_examples=30, deadline=None)
 
@@ -42,9 +56,17 @@ def network(seed: int) -> nn.Sequential:
 
 def make(kind: str, weight: Weight, seed: int) -> Encoding:
     generator = torch.Generator().manual_seed(seed)
-    if kind == "codebook":
-        return Codebook.fitted(weight.value, 2, "exact")
-    return Mask(torch.rand(weight.value.shape, generator=generator) < 0.6, kind)
+    drawn = torch.rand(weight.value.shape, generator=generator)
+    made = {
+        "codebook": lambda: Codebook.fitted(weight.value, 2, "exact"),
+        "binary": lambda: Binary(drawn + 0.1),
+        "by_filter": lambda: Binary(drawn + 0.1, by_filter=True),
+        "integer_grid": lambda: IntegerGrid(3, 4.0),
+        "held": lambda: Held(drawn < 0.6, drawn),
+        "threshold": lambda: Threshold(weight.value.detach(), 5e-3, 1e-2),
+        "left_out": lambda: LeftOut(drawn < 0.3),
+    }
+    return made[kind]() if kind in made else Mask(drawn < 0.6, kind)
 
 
 def stack_up(model: nn.Module, kinds: list[str], seed: int) -> nn.Module:
@@ -68,8 +90,37 @@ def test_one_of_a_kind_and_always_in_the_same_order(kinds: list[str], seed: int)
     model = stack_up(network(seed), kinds, seed)
     for weight in select(model):
         found = [e.kind for e in weight.encodings()]
-        assert found == [k for k in ("codebook", "mask") if k in found]
-        assert [e.innermost for e in weight.encodings()] == [True, False][: len(found)]
+        assert len(set(found)) == len(found)
+        depths = [e.depth for e in weight.encodings()]
+        assert depths == sorted(depths)
+        innermost = [e.innermost for e in weight.encodings()]
+        assert innermost == [place == 0 for place in range(len(found))]
+
+
+@few
+@given(stacks, seeds)
+def test_what_trains_stays_as_it_is_when_more_is_put_on_and_taken_off(
+    kinds: list[str], seed: int
+) -> None:
+    """A mask that lets everything through changes nothing, nor does taking it off again."""
+    model = stack_up(network(seed), kinds, seed).eval()
+    with torch.no_grad():
+        for weight in select(model):
+            if any(e.kind in ("codebook", "binary", "integer_grid") for e in weight.encodings()):
+                original_of(weight).mul_(1.7)  # it has trained since it was put on
+    known = [(original_of(w).detach().clone(), w.value.detach().clone()) for w in select(model)]
+    for weight in select(model):
+        if weight.encodings() and encoding_of(weight, Mask) is None:
+            encode(weight, Mask(torch.ones_like(weight.value, dtype=torch.bool)))
+    middle = [(original_of(w).detach().clone(), w.value.detach().clone()) for w in select(model)]
+    for weight in select(model):
+        if len(weight.encodings()) > 1 and "hard" not in kinds and "straight_through" not in kinds:
+            take_off(weight, Mask)
+    after = [(original_of(w).detach().clone(), w.value.detach().clone()) for w in select(model)]
+    for one, two, three in zip(known, middle, after, strict=True):
+        assert all(
+            torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, three, strict=True)
+        )
 
 
 @few
@@ -91,7 +142,8 @@ def test_order_of_putting_on_does_not_matter(kinds: list[str], seed: int) -> Non
 @few
 @given(stacks, seeds)
 def test_a_mask_outside_a_codebook_stays_zero(kinds: list[str], seed: int) -> None:
-    model = stack_up(network(seed), [*kinds, "codebook", "hard"], seed)
+    plain = [kind for kind in kinds if kind not in VALUES]
+    model = stack_up(network(seed), [*plain, "codebook", "hard"], seed)
     for weight in select(model):
         mask = encoding_of(weight, Mask)
         # A weight of which the masks left nothing has no codebook, and its zeros are stored.
@@ -154,15 +206,17 @@ def test_zeros_persist_under_an_optimizer(kinds: list[str], seed: int, optimizer
         reapply(stored_masks(model))
 
     stack_up(model, [k for k in kinds if k != "straight_through"] + ["hard"], seed)
+    model.eval()  # where nothing is left out
     moves: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), 0.1, weight_decay=1e-2)
     if optimizer == "sgd":
         moves = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
-    masks = [encoding_of(w, Mask) for w in select(model)]
-    zeros = [~mask.mask for mask in masks if mask is not None]
+    masks = {w.name: encoding_of(w, Mask) for w in select(model)}
+    zeros = {name: ~mask.mask for name, mask in masks.items() if mask is not None}
     for _ in range(10):
         step(moves)
-        for weight, zero in zip(select(model), zeros, strict=True):
-            assert not weight.value[zero].any()
+        for weight in select(model):
+            if weight.name in zeros:
+                assert not weight.value[zeros[weight.name]].any()
 
 
 @few

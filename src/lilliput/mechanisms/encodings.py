@@ -44,9 +44,6 @@ class Encoding(nn.Module):
         """What trains, computed from the value that the weight has now; called by torch."""
         return value
 
-    def note(self, original: Tensor) -> None:
-        """Remember what trains now, for :meth:`right_inverse`: the stack is built anew."""
-
     def forget(self) -> None:
         """Drop what was computed from the buffers: they were loaded, or cut by surgery."""
 
@@ -188,10 +185,6 @@ class Codebook(Encoding):
     def settings(self) -> dict[str, Any]:
         """How many centroids there are, and whose they are."""
         return {"clusters": len(self._start), **({"book": self.book} if self.book else {})}
-
-    def note(self, original: Tensor) -> None:
-        """The centroids have trained."""
-        self._start = original.detach().clone()
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """The centroids are what trains."""
@@ -417,11 +410,10 @@ def _without(weight: Weight, kind: str) -> list[Encoding]:
 
 
 def _restack(weight: Weight, encodings: list[Encoding]) -> None:
-    """Let a weight have these encodings; the innermost goes on from where it was."""
-    stack = sorted(encodings, key=lambda e: e.depth)
-    for part in stack:
-        if part.innermost and part in weight.encodings():
-            part.note(original_of(weight))
+    """Let a weight have these encodings; what trains stays as it is where the innermost is the same."""
+    stack, before = sorted(encodings, key=lambda e: e.depth), weight.encodings()
+    same = bool(stack and before and stack[0] is before[0])
+    trained = original_of(weight).detach().clone()
     strip(weight)
     if not stack:
         return
@@ -432,6 +424,8 @@ def _restack(weight: Weight, encodings: list[Encoding]) -> None:
         if isinstance(part, Mask):
             part.lie_on(stack[:place])
         parametrize.register_parametrization(weight.module, weight.tensor, part, unsafe=True)
+    if same:
+        original_of(weight).data.copy_(trained)
     _put_shared(weight)
     if isinstance(weight.module, nn.RNNBase):
         _refresh_before_forward(weight.module)
