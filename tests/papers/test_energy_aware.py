@@ -101,6 +101,24 @@ def test_order_of_energy_is_not_that_of_weights_or_of_macs() -> None:
     assert layer_energies(model, x, only_macs) == {n: float(work[n]) for n in energy}
 
 
+def test_layers_are_pruned_in_that_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, order = Crafted(), []
+    whole = EnergyAware._prune_layer
+
+    def noted(self: EnergyAware, run: Any, weight: Any, *rest: Any) -> None:
+        order.append(weight.layer)
+        whole(self, run, weight, *rest)
+
+    monkeypatch.setattr(EnergyAware, "_prune_layer", noted)
+    x = torch.randn(8, 1, 64, 64)
+    batches = [(x, torch.arange(8))]
+    task = lilliput.Task(batches, batches, batches, nn.functional.cross_entropy, lilliput.accuracy)
+    method = EnergyAware(sparsity=0.5, samples=8, remove_dead=False)
+    lilliput.compress(model, task, [Stage(methods=[method], train=Train(epochs=0))])
+    assert order == ["first", "last", "middle"]
+
+
 def test_zeros_save_what_is_skipped_and_nothing_else() -> None:
     layer, x = nn.Linear(10, 10, bias=False), torch.zeros(3, 10)
     with torch.no_grad():

@@ -79,7 +79,12 @@ def test_two_values_a_filter_and_an_unchanged_gradient() -> None:
 def trained(folder: Path | None = None, *more: Any, **settings: Any) -> Any:
     method = HalfWave(**{"layers": ["!0", "!9"], **settings})
     stages = [Stage(methods=[method], train=Train(epochs=3, lr=0.01)), *more]
-    return lilliput.compress(CNN.build(), CNN.task(), stages, directory=folder)
+    model: Any = CNN.build()
+    with torch.no_grad():
+        for norm in (model[1], model[4]):  # as if they had trained
+            norm.weight.fill_(1.5)
+            norm.bias.fill_(0.3)
+    return lilliput.compress(model, CNN.task(), stages, directory=folder)
 
 
 def test_a_network_of_levels_and_signs(tmp_path: Path) -> None:
