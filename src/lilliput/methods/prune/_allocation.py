@@ -25,7 +25,8 @@ from torch import Tensor
 from ...core.method import LayerMethod
 from ...core.run import Run
 from ...core.select import Weight
-from ...core.types import PerLayer, Sparsity, resolve
+from ...core.task import move
+from ...core.types import Batch, PerLayer, Sparsity, resolve
 from ...measure import layer_energies
 from ...measure.sensitivity import sensitivity
 from ...mechanisms.ranking import keep_largest_together
@@ -147,6 +148,12 @@ def _reached(known: np.ndarray, curve: np.ndarray, loss: float) -> float:
     return float(known[last] + part * (known[last + 1] - known[last]))
 
 
+def one_sample(run: Run) -> Any:
+    """A batch of one on the run's device: what a network costs is told for one sample."""
+    example = run.task.example_inputs()
+    return move(Batch(example, None), run.device).inputs
+
+
 def _shares(scores: list[Tensor], sparsity: float) -> list[float]:
     """How much of each layer a ranking of all of them takes."""
     masks = keep_largest_together(scores, sparsity)
@@ -162,7 +169,7 @@ def _by_shape(run: Run, chosen: list[Weight], sparsity: float) -> list[float]:
 
 
 def _by_energy(run: Run, chosen: list[Weight], sparsity: float) -> list[float]:
-    energies = layer_energies(run.model, next(run.calibration(1)).inputs)
+    energies = layer_energies(run.model, one_sample(run))
     tiny = torch.finfo(torch.float32).tiny
     values = [w.value.detach() for w in chosen]
     scores = [

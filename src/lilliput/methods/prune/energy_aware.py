@@ -51,7 +51,7 @@ from ...mechanisms.curvature import as_rows, from_rows
 from ...mechanisms.encodings import reapply, stored_masks
 from ...mechanisms.ranking import count
 from ...mechanisms.solvers import least_squares, solvable, visit_rows
-from ._allocation import SparsityMethod
+from ._allocation import SparsityMethod, one_sample
 from ._dead import remove_dead_connections
 from ._layerwise import write
 from ._masking import changes, mask_of, nonzeros, put_masks
@@ -197,8 +197,7 @@ class EnergyAware(SparsityMethod):
         ]  # fmt: skip
 
     def _energies(self, run: Run) -> dict[str, float]:
-        inputs = next(run.calibration(1)).inputs
-        return layer_energies(run.model, inputs)
+        return layer_energies(run.model, one_sample(run))
 
     def _prune_if_due(self, run: Run) -> None:
         memory = self.memory(run)
