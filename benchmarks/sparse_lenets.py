@@ -15,13 +15,12 @@ of the file, weights in float32; entropy is what an ideal coder of single weight
 
 from __future__ import annotations
 
-import argparse
 import functools
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rows import Row, Rows, Trained, alone, change, markdown, named, parser, seeded, spread, trained
+from rows import Row, Rows, Trained, change, markdown, named, parser, seeded, spread, trained
 
 import lilliput
 from lilliput import Stage, Task, Train, compress
@@ -114,20 +113,10 @@ def main() -> None:
     chosen = options.parse_args()
     done = Rows(HERE / "results" / f"sparse_{chosen.network}.json")
     if not chosen.table:
-        run_all(done, chosen)
+        jobs = [{"row": row} for row in rows(chosen.network)]
+        own = functools.partial(do, network=chosen.network)
+        done.run_seeds(chosen, jobs, own, functools.partial(start, chosen.network))
     print(table(chosen.network, done.read()))
-
-
-def run_all(done: Rows, options: argparse.Namespace) -> None:
-    for seed in options.seeds:
-        alone(start, options.network, seed, options.work)
-        jobs = [
-            {"row": row, "seed": seed}
-            for row in rows(options.network)
-            if any(part in row for part in options.only)
-        ]
-        work = functools.partial(do, network=options.network, work=options.work)
-        done.run(jobs, work, options.jobs)
 
 
 def table(network: str, done: list[Row]) -> str:

@@ -108,18 +108,17 @@ class IntegerActivation(Activation):
     Args:
         bits: of an activation.
         error_bits: of an error.
-        rectify: whether negative inputs become zero; the last layer's outputs are only rounded.
     """
 
     kind = "integer"
 
-    def __init__(self, bits: int = 8, error_bits: int = 8, rectify: bool = True) -> None:
+    def __init__(self, bits: int = 8, error_bits: int = 8) -> None:
         super().__init__()
-        self.bits, self.error_bits, self.rectify = bits, error_bits, rectify
+        self.bits, self.error_bits = bits, error_bits
 
     def settings(self) -> dict[str, Any]:
-        """Bits, and whether it rectifies."""
-        return {"bits": self.bits, "error_bits": self.error_bits, "rectify": self.rectify}
+        """Bits of activations and of errors."""
+        return {"bits": self.bits, "error_bits": self.error_bits}
 
     def extra_repr(self) -> str:
         """The same."""
@@ -127,9 +126,8 @@ class IntegerActivation(Activation):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Multiples of the step."""
-        lowest = 0.0 if self.rectify else -1.0 + 2.0 ** (1 - self.bits)
-        kept = inputs.clamp(lowest, 1.0 - 2.0 ** (1 - self.bits))
-        found = on_grid(inputs.detach().clamp_min(lowest), self.bits)
+        kept = inputs.clamp(0.0, 1.0 - 2.0 ** (1 - self.bits))
+        found = on_grid(inputs.detach().clamp_min(0.0), self.bits)
         passing = with_integer_error(kept, self.error_bits)
         return found + (passing - passing.detach())
 

@@ -13,6 +13,7 @@ the tensors that a task has for itself. What is said here of the file is in ``do
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -93,7 +94,7 @@ def opened(
         ) from error
     chosen = pack.current if task is None else task
     seen = pack.state(chosen)
-    return {**plain, **seen}, Pack.from_tree({**pack.as_tree(), "current": chosen})
+    return {**plain, **seen}, replace(pack, current=chosen)
 
 
 def _pack(state: dict[str, Tensor], described: dict[str, Any]) -> tuple[Pack, dict[str, Tensor]]:

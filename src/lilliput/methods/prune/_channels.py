@@ -74,6 +74,7 @@ from ...mechanisms.groups.classes import Group, Removal
 from ...mechanisms.surgery import cut
 from ._costs import Offer
 from ._norms import effective
+from ._rounds import rounds_due
 
 #: Changes values of the thin network; see :meth:`ChannelMethod.edit`.
 Edit = Callable[[nn.Module], object]
@@ -287,8 +288,7 @@ class ChannelMethod(Method):
         done = self.memory(run)["round"]
         if done == self.rounds:
             return
-        part = run.progress / self.until if self.until else 1.0
-        due = min(self.rounds, 1 + int(part * self.rounds))
+        due = rounds_due(run, self.rounds, self.until)
         if due > done:
             self._refuse_unknown_optimizer(run)
             self._prune(run, due)

@@ -55,6 +55,7 @@ from ._allocation import SparsityMethod, one_sample
 from ._dead import remove_dead_connections
 from ._layerwise import write
 from ._masking import changes, mask_of, nonzeros, put_masks
+from ._rounds import rounds_due
 
 #: Parts of the sparsity that are tried where the whole of it costs too much accuracy.
 PARTS = (1.0, 0.75, 0.5, 0.25)
@@ -201,8 +202,7 @@ class EnergyAware(SparsityMethod):
 
     def _prune_if_due(self, run: Run) -> None:
         memory = self.memory(run)
-        part = run.progress / self.until if self.until and run.total_steps else 1.0
-        due = self.rounds if part >= 1.0 else 1 + int(part * self.rounds)
+        due = rounds_due(run, self.rounds, self.until)
         while memory["round"] < due:
             memory["round"] += 1
             self._prune(run, memory["round"] / self.rounds)

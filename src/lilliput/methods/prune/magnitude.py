@@ -38,6 +38,7 @@ from ...mechanisms.ranking import keep_largest, keep_largest_together
 from ._allocation import SparsityMethod
 from ._dead import remove_dead_connections
 from ._masking import changes, mask_of, nonzeros, put_masks
+from ._rounds import rounds_due
 
 
 def above_threshold(weight: Tensor, quality: float, deviation: float) -> Tensor:
@@ -142,8 +143,7 @@ class Magnitude(SparsityMethod):
 
     def _prune_if_due(self, run: Run) -> None:
         memory = self.memory(run)
-        part = run.progress / self.until if self.until else 1.0
-        due = min(self.rounds, 1 + int(part * self.rounds))
+        due = rounds_due(run, self.rounds, self.until)
         if due > memory["round"]:
             self._prune(run, due / self.rounds)
             memory["round"] = due

@@ -74,6 +74,7 @@ from ._dead import remove_dead_connections
 from ._layerwise import write
 from ._masking import changes, mask_of, nonzeros, put_masks
 from ._removals import greedy, inverted, removals, remove, sweep
+from ._rounds import rounds_due
 
 #: A square matrix of more entries a side does not fit: 4,000 are 128 MB in double precision.
 LARGEST = 4_000
@@ -201,8 +202,7 @@ class Surgeon(SparsityMethod):
 
     def _operate_if_due(self, run: Run) -> None:
         memory = self.memory(run)
-        part = run.progress / self.until if self.until and run.total_steps else 1.0
-        due = self.rounds if part >= 1.0 else 1 + int(part * self.rounds)
+        due = rounds_due(run, self.rounds, self.until)
         for number in range(memory["round"] + 1, due + 1):
             self._operate(run, number / self.rounds)
             memory["round"] = number
