@@ -3,7 +3,7 @@
     python benchmarks/channels.py resnet20               # all rows, three seeds
     python benchmarks/channels.py resnet56 --jobs 2
     python benchmarks/channels.py resnet20 --only taylor --seeds 0
-    python benchmarks/channels.py resnet56 --only dense inside --epochs 20
+    python benchmarks/channels.py resnet56 --only dense inside --epochs 6 --images 50000
     python benchmarks/channels.py resnet20 --table       # only print
 
 The published weights are first fine-tuned on the data at hand; that network is where every row starts. Then
@@ -158,8 +158,8 @@ def rows(network: str) -> Iterator[tuple[str, float]]:
 
 
 @functools.cache
-def task() -> Task:
-    arguments = {"source": "jpeg", "augment": True, "limit": IMAGES}
+def task(images: int = IMAGES) -> Task:
+    arguments = {"source": "jpeg", "augment": True, "limit": images}
     return build_task(TaskSettings(name="cifar10", arguments=arguments))
 
 
@@ -180,20 +180,20 @@ def from_scratch(like: nn.Module, seed: int) -> nn.Module:
 def do(job: Row, network: str, work: Path) -> Row:
     row, budget, seed, epochs = (job[k] for k in ("row", "budget", "seed", "epochs"))
     dense = start(network, seed, work).model
-    home = home_of(job, network, work)
+    home, data = home_of(job, network, work), task(job["images"])
     if row == "from scratch":
-        thin = compress(dense, task(), stages("filter_l1", budget, 0), seed=seed).model
+        thin = compress(dense, data, stages("filter_l1", budget, 0), seed=seed).model
         plan, model = [Stage(train=train(2 * epochs, RATE_FROM_SCRATCH))], from_scratch(thin, seed)
     else:
         plan, model = stages(row, budget, epochs), dense
-    figures = compress(model, task(), plan, directory=home, seed=seed).figures
+    figures = compress(model, data, plan, directory=home, seed=seed).figures
     kept = ("score", "baseline_score", "validation", "parameters", "macs", "bytes", "latency_ratio")
     return {**{name: figures[name] for name in kept}, "widths": widths(home)}
 
 
 def home_of(job: Row, network: str, work: Path) -> Path:
-    longer = [job["epochs"]] if job["epochs"] != EPOCHS else []
-    return named(work, network, job["seed"], job["row"], job["budget"], *longer)
+    parts = ("seed", "row", "budget", "images", "epochs")
+    return named(work, network, *(job[part] for part in parts))
 
 
 def widths(home: Path) -> dict[str, list[int]]:
@@ -212,9 +212,10 @@ def widths(home: Path) -> dict[str, list[int]]:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("network", choices=sorted(WEIGHTS))
+    options.add_argument("--images", type=int, default=IMAGES, help="that a row trains on, at most")
     options.add_argument("--epochs", type=int, default=EPOCHS, help="of a row")
     chosen = options.parse_args()
-    done = Rows(HERE / "results" / f"channels_{chosen.network}.json", images=IMAGES)
+    done = Rows(HERE / "results" / f"channels_{chosen.network}.json")
     if not chosen.table:
         run_all(done, chosen)
     print(table(chosen.network, done.read()))
@@ -223,8 +224,9 @@ def main() -> None:
 def run_all(done: Rows, options: argparse.Namespace) -> None:
     for seed in options.seeds:
         alone(start, options.network, seed, options.work)
+        amount = {"images": options.images, "epochs": options.epochs}
         jobs = [
-            {"row": row, "budget": budget, "seed": seed, "epochs": options.epochs}
+            {"row": row, "budget": budget, "seed": seed, **amount}
             for row, budget in rows(options.network)
             if any(part in row for part in options.only)
         ]
@@ -235,18 +237,19 @@ def run_all(done: Rows, options: argparse.Namespace) -> None:
 
 def table(network: str, done: list[Row]) -> str:
     head = ("row", "MACs", "parameters", "accuracy, %", "to dense")
-    lengths = sorted({r["epochs"] for r in done})
-    lines = [line for epochs in lengths for line in lines_of(network, done, epochs)]
+    amounts = sorted({(r["images"], r["epochs"]) for r in done})
+    lines = [line for amount in amounts for line in lines_of(network, done, *amount)]
     return markdown(head, lines)
 
 
-def lines_of(network: str, done: list[Row], epochs: int) -> Iterator[tuple[str, ...]]:
-    """The rows with as many epochs, compared with the dense network that trained as long."""
-    alike = [r for r in done if r["epochs"] == epochs]
+def lines_of(network: str, done: list[Row], images: int, epochs: int) -> Iterator[tuple[str, ...]]:
+    """The rows that trained as much, compared with the dense network that trained as much."""
+    alike = [r for r in done if (r["images"], r["epochs"]) == (images, epochs)]
     dense = {r["seed"]: r for r in alike if r["row"] == "dense"}
+    more = "" if (images, epochs) == (IMAGES, EPOCHS) else f", {images:,} images, {epochs} epochs"
     for row, budget in rows(network):
         if found := [r for r in alike if (r["row"], r["budget"]) == (row, budget)]:
-            yield line(row if epochs == EPOCHS else f"{row}, {epochs} epochs", found, dense)
+            yield line(row + more, found, dense)
 
 
 def line(row: str, found: list[Row], dense: dict[int, Row]) -> tuple[str, ...]:
