@@ -15,6 +15,7 @@
     │   ├── CorruptArtifact            truncated, altered, inconsistent: names the tensor
     │   ├── UnsupportedArtifact        foreign, a future version, an unknown codec
     │   └── ArtifactTooLarge           claims more memory than the caller's cap
+    ├── ExportFailed                   a network that cannot be written for a runtime: names the operator
     └── RunError                       a run that cannot start, or cannot go on
         ├── Diverged                   the loss is not finite
         ├── NothingChanged             a method finished and the model is as it was
@@ -101,6 +102,10 @@ class UnsupportedArtifact(ArtifactError):
 
 class ArtifactTooLarge(ArtifactError):
     """A file whose content would exceed the caller's memory cap."""
+
+
+class ExportFailed(LilliputError):
+    """A network cannot be written for a runtime, or the runtime does not take it."""
 
 
 class RunError(LilliputError):

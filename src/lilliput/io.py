@@ -6,6 +6,7 @@ name; a network of any other class needs ``model=``, an instance that the file's
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,15 @@ from .errors import (
 from .measure import effective_state
 from .mechanisms import packed
 from .mechanisms.activations import replace_activations, replaced_activations
-from .mechanisms.encodings import Binary, Codebook, IntegerGrid, encoding_of, original_of
+from .mechanisms.encodings import (
+    Binary,
+    Codebook,
+    IntegerGrid,
+    StepGrid,
+    encode,
+    encoding_of,
+    original_of,
+)
 from .mechanisms.packing import fit, set_pack, settled
 from .mechanisms.surgery import Plan, apply_plan, checked_plan, transaction
 
@@ -79,6 +88,8 @@ def save(
         structure["tied"] = tied
     if replaced := replaced_activations(model):
         structure["activations"] = replaced
+    if grids := _grids(model):
+        structure["grids"] = {name: grid.bits for name, grid in grids.items()}
     tensors = parts(model)
     if pack is not None:
         structure["tasks"] = packed.describe(pack)
@@ -123,6 +134,7 @@ def load(
         structure = _structure(file)
         target = model if model is not None else _build(structure, path)
         state, pack = packed.opened(_state(file), structure.get("tasks"), path, task)
+        steps = _steps(file)
     with transaction(target):
         replace_activations(target, structure.get("activations", {}))
         set_pack(target, None)
@@ -130,6 +142,8 @@ def load(
             fit(target, pack.own[pack.current])
         _thin_and_fill(target, structure.get("plan"), state, path)
         set_pack(target, pack)
+        for weight, bits, step in _gridded(target, steps):
+            encode(weight, StepGrid(bits, step))
     return target.eval()
 
 
@@ -143,6 +157,9 @@ def parts(model: nn.Module) -> dict[str, np.ndarray | Coded | BFloat16]:
             coded[weight.name] = _coded(codebook, original_of(weight), weight.value)
         elif encoding_of(weight, IntegerGrid) is not None:
             coded[weight.name] = _few_values(weight.value)
+        elif (grid := encoding_of(weight, StepGrid)) is not None:
+            coded[weight.name] = _few_values(grid.integers(weight.value.detach()))
+            scales[f"{_SCALES}{weight.name}"] = _to_numpy(grid.step.flatten())
         elif (binary := encoding_of(weight, Binary)) is not None:
             scale = _scale_of(weight, binary)
             coded[weight.name] = _few_values(weight.value.detach() / scale)
@@ -157,6 +174,42 @@ def _scale_of(weight: Weight, binary: Binary) -> Tensor:
     if not binary.by_filter:
         return weight.value.new_ones(())
     return weight.value.detach().abs().flatten(1).amax(1).view(-1, *[1] * (weight.value.ndim - 1))
+
+
+def _grids(model: nn.Module) -> dict[str, StepGrid]:
+    """The weights that are integers times a step for each filter."""
+    found = {weight.name: encoding_of(weight, StepGrid) for weight in weights(model)}
+    return {name: grid for name, grid in found.items() if grid is not None}
+
+
+def _steps(file: artifact.Artifact) -> dict[str, tuple[int, Tensor]]:
+    """Bits and steps of the weights that are integers, so that a loaded network still knows them.
+
+    Raises:
+        CorruptArtifact: the file says so of a weight without steps, or of bits that cannot be.
+    """
+    grids = _structure(file).get("grids", {})
+    names = {f"{_SCALES}{name}" for name in grids} if isinstance(grids, dict) else {""}
+    possible = isinstance(grids, dict) and all(b in range(2, 9) for b in grids.values())
+    if not possible or not names <= set(file.names()):
+        raise CorruptArtifact(
+            f"what the file says of integer weights cannot be: {grids!r:.80}. Get it again from its source."
+        )
+    return {name: (bits, _to_torch(file, f"{_SCALES}{name}")) for name, bits in grids.items()}
+
+
+def _gridded(
+    model: nn.Module, steps: dict[str, tuple[int, Tensor]]
+) -> Iterator[tuple[Weight, int, Tensor]]:
+    """The weights of a filled network that are integers, with bits and steps in the weight's dims."""
+    known = {weight.name: weight for weight in weights(model)} if steps else {}
+    for name, (bits, step) in steps.items():
+        weight = known.get(name)
+        if weight is None or len(step) != len(weight.value) or not bool((step > 0).all()):
+            raise CorruptArtifact(
+                f"what the file says of the integers of {name!r:.80} cannot be. Get it again from its source."
+            )
+        yield weight, bits, step.view(-1, *[1] * (weight.value.ndim - 1)).to(weight.value)
 
 
 def tied_names(state: dict[str, Tensor]) -> dict[str, str]:

@@ -1,10 +1,12 @@
 """Activations of few values, in place of a network's own.
 
-A method that quantizes activations replaces modules (``relu1``) by one of the kinds below. Which ones, and
-how, belongs to the network as its plan does: it goes into copies, checkpoints and the compressed file, and
-a fresh instance of the user's class gets the same modules when the file is loaded.
+A method that quantizes activations replaces modules (``relu1``) by one of the kinds below, or puts a
+:class:`Quantizer` before or behind a module (``conv1:input``, ``conv1:output``). Which ones, and how,
+belongs to the network as its plan does: it goes into copies, checkpoints and the compressed file, and a
+fresh instance of the user's class gets the same modules when the file is loaded.
 
-The surprising rule: these modules have no parameters, so a ``state_dict`` does not tell that they are there.
+The surprising rule: those that take a module's place have no parameters, so a ``state_dict`` does not tell
+that they are there.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CorruptArtifact, InputError
-from .encodings import on_grid
+from .encodings import on_grid, rounded, slowed
 
 #: A plain attribute of the root module: name of a module -> kind and settings.
 _ATTRIBUTE = "lilliput_activations"
@@ -170,17 +172,127 @@ def integer_error(error: Tensor, bits: int) -> Tensor:
     return on_grid(error / power_of_two(largest), bits)
 
 
+class Quantizer(Activation):
+    """Unsigned integers of a few bits times a step, one of them being zero.
+
+    ``(clip(round(x / s) + z, 0, h) - z) s`` with ``h = 2^bits - 1``. The gradient passes where x was not
+    clipped; to a step that trains goes what :class:`~.encodings.StepGrid` says.
+
+    Args:
+        bits: of an activation.
+        step: s.
+        zero: z, the integer that stands for zero.
+        learned: whether the step trains.
+    """
+
+    kind = "quantizer"
+    step: Tensor
+    zero: Tensor
+
+    def __init__(
+        self, bits: int = 8, step: float = 1.0, zero: int = 0, learned: bool = False
+    ) -> None:
+        super().__init__()
+        self.bits, self.learned = bits, learned
+        if learned:
+            self.step = nn.Parameter(torch.tensor(float(step)))
+        else:
+            self.register_buffer("step", torch.tensor(float(step)))
+        self.register_buffer("zero", torch.tensor(zero))
+
+    @property
+    def highest(self) -> int:
+        """h, the largest integer."""
+        return int(2**self.bits - 1)
+
+    def settings(self) -> dict[str, Any]:
+        """Bits, and whether the step trains; step and zero are tensors of the network."""
+        return {"bits": self.bits, "learned": self.learned}
+
+    def extra_repr(self) -> str:
+        """All of it."""
+        return f"{self.bits} bits, step {float(self.step.detach()):.4g}, zero {int(self.zero)}"
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Multiples of the step."""
+        step = self.step
+        if self.learned:
+            step = slowed(step, self.highest * inputs[0].numel())
+        low, high = -self.zero, self.highest - self.zero
+        return rounded((inputs / step).clamp(low, high)) * step
+
+
 KINDS: dict[str, type[Activation]] = {
-    cls.kind: cls for cls in (BinaryActivation, HalfWave, IntegerActivation)
+    cls.kind: cls for cls in (BinaryActivation, HalfWave, IntegerActivation, Quantizer)
 }
 
+#: The submodules of a module with a quantizer before or behind it.
+_BEFORE, _BEHIND = "input_quantizer", "output_quantizer"
 
-def replace_activation(model: nn.Module, name: str, activation: Activation) -> None:
-    """Put an activation in the place of a module, and remember it.
+
+def replace_activation(model: nn.Module, place: str, activation: Activation) -> None:
+    """Put an activation in the place of a module, or before or behind one, and remember it.
+
+    Args:
+        model: changed in place.
+        place: ``MODULE``, ``MODULE:input`` or ``MODULE:output``; of a module's inputs the first is meant.
+        activation: what goes there; a quantizer that is there is replaced.
 
     Raises:
-        InputError: the module has parameters or buffers, which would be lost.
+        InputError: the module whose place it takes has parameters or buffers, which would be lost.
     """
+    name, _, side = place.partition(":")
+    module = model.get_submodule(name)
+    if side == "input":
+        module.register_module(_BEFORE, activation)
+        if _quantize_input not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_quantize_input)
+    elif side == "output":
+        module.register_module(_BEHIND, activation)
+        if _quantize_output not in module._forward_hooks.values():
+            module.register_forward_hook(_quantize_output)
+    else:
+        _take_place(model, name, activation)
+    replaced = dict(replaced_activations(model))
+    replaced[place] = {"kind": activation.kind, **activation.settings()}
+    setattr(model, _ATTRIBUTE, replaced)
+
+
+def quantizer_at(model: nn.Module, place: str) -> Quantizer | None:
+    """The quantizer before or behind a module, if there is one; see :func:`replace_activation`."""
+    name, _, side = place.partition(":")
+    module = model.get_submodule(name)
+    if not side:
+        return None
+    found = module._modules.get(_BEFORE if side == "input" else _BEHIND)
+    return found if isinstance(found, Quantizer) else None
+
+
+def remove_quantizer(model: nn.Module, place: str) -> None:
+    """Take a quantizer away again."""
+    name, _, side = place.partition(":")
+    module = model.get_submodule(name)
+    hooks: Any = module._forward_pre_hooks if side == "input" else module._forward_hooks
+    mine = _quantize_input if side == "input" else _quantize_output
+    for key in [key for key, hook in hooks.items() if hook is mine]:
+        del hooks[key]
+    delattr(module, _BEFORE if side == "input" else _BEHIND)
+    left = {k: v for k, v in replaced_activations(model).items() if k != place}
+    setattr(model, _ATTRIBUTE, left)
+
+
+# Hooks are functions of this module, so that copies and pickles of a network keep them.
+
+
+def _quantize_input(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return module.input_quantizer(inputs[0]), *inputs[1:]
+
+
+def _quantize_output(module: Any, inputs: Any, output: Any) -> Any:
+    return module.output_quantizer(output)
+
+
+def _take_place(model: nn.Module, name: str, activation: Activation) -> None:
     old = model.get_submodule(name)
     if any(True for _ in old.parameters()) or any(True for _ in old.buffers()):
         raise InputError(
@@ -188,9 +300,6 @@ def replace_activation(model: nn.Module, name: str, activation: Activation) -> N
             "(nn.ReLU) can be replaced by a quantized activation."
         )
     model.set_submodule(name, activation.train(old.training))
-    replaced = dict(replaced_activations(model))
-    replaced[name] = {"kind": activation.kind, **activation.settings()}
-    setattr(model, _ATTRIBUTE, replaced)
 
 
 def replaced_activations(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""How a weight is stored while it trains: masked, of shared values, partly held, or partly left out.
+"""How a weight is stored while it trains: masked, of shared values, on a grid, partly held, or left out.
 
 An encoding is a torch parametrization: the layer keeps its attribute ``weight``, every other part of
 torch sees an ordinary tensor, and what trains is the encoding's original. Encodings stack: whatever
@@ -300,6 +300,75 @@ def on_grid(value: Tensor, bits: int) -> Tensor:
     return (value.clamp(step - 1.0, 1.0 - step) / step).round() * step
 
 
+class StepGrid(Encoding):
+    """Multiples of a step, one for each filter: signed integers of a few bits times a scale.
+
+    ``clip(round(w / s), -h, h) s`` with ``h = 2^(bits - 1) - 1``. The gradient passes to w where it was not
+    clipped. To a step that trains goes ``round(w / s) - w / s`` times the gradient, or plus or minus h
+    where it was clipped (Esser et al. 2020, equation 3), all over ``sqrt(h * weights of the filter)``.
+
+    Args:
+        bits: of a weight, sign included.
+        step: positive, ``(filters, 1, ...)``.
+        learned: whether the steps train.
+    """
+
+    kind = "step_grid"
+    step: Tensor
+
+    def __init__(self, bits: int, step: Tensor, learned: bool = False) -> None:
+        super().__init__()
+        self.bits, self.learned = bits, learned
+        step = step.detach().clone()
+        if learned:
+            self.step = nn.Parameter(step)
+        else:
+            self.register_buffer("step", step)
+
+    @property
+    def highest(self) -> int:
+        """h, the largest integer."""
+        return _highest(self.bits)
+
+    def settings(self) -> dict[str, Any]:
+        """Bits, and whether steps train."""
+        return {"bits": self.bits, "learned": self.learned}
+
+    def integers(self, value: Tensor) -> Tensor:
+        """The weights as integers, in the weight's shape and type."""
+        found: Tensor = (value / self.step).round().clamp(-self.highest, self.highest)
+        return found
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The effective weight."""
+        step, high = self.step, self.highest
+        if self.learned:
+            step = slowed(step, high * value[0].numel())
+        weight: Tensor = rounded((value / step).clamp(-high, high)) * step
+        return weight
+
+
+def _highest(bits: int) -> int:
+    return int(2 ** (bits - 1)) - 1
+
+
+def rounded(value: Tensor) -> Tensor:
+    """To the nearest integer, to the even one of two; the gradient passes unchanged.
+
+    Example:
+        >>> rounded(torch.tensor([0.5, 1.5, -0.7]))
+        tensor([0., 2., -1.])
+    """
+    whole: Tensor = value.detach().round()
+    return whole + (value - value.detach())  # what is added is exactly zero
+
+
+def slowed(step: Tensor, values: int) -> Tensor:
+    """The step itself, but its gradient is divided by the root of a number."""
+    slow: Tensor = step * float(values) ** -0.5
+    return step.detach() + (slow - slow.detach())
+
+
 class Held(Encoding):
     """Some entries are held at given values, and only the others train.
 
@@ -391,7 +460,8 @@ class LeftOut(Encoding):
 _ORDER = "_lilliput_parameter_order"
 
 KINDS: dict[str, type[Encoding]] = {
-    cls.kind: cls for cls in (Mask, Codebook, Binary, IntegerGrid, Held, Threshold, LeftOut)
+    cls.kind: cls
+    for cls in (Mask, Codebook, Binary, IntegerGrid, StepGrid, Held, Threshold, LeftOut)
 }
 
 
@@ -555,6 +625,8 @@ def _empty(weight: Weight, settings: dict[str, Any]) -> Encoding:
         return Binary(torch.ones_like(like), **settings)
     if kind == "integer_grid":
         return IntegerGrid(**settings)
+    if kind == "step_grid":
+        return StepGrid(step=like.new_ones(len(like), *[1] * (like.ndim - 1)), **settings)
     if kind == "held":
         return Held(torch.ones_like(like, dtype=torch.bool), like)
     if kind == "threshold":

@@ -8,11 +8,12 @@ layer one a filter.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...mechanisms.columns import factor_of, settle_columns
 from ...mechanisms.ranking import count, keep_largest
 
 
@@ -112,7 +113,7 @@ def sweep(
     """
     weights = weights.clone()
     dead = weights == 0
-    factor = torch.linalg.cholesky(inverted(hessian), upper=True)
+    factor = factor_of(hessian)
     together = pattern[1] if pattern else block
     gone_before = 0
     for first in range(0, weights.shape[1], together):
@@ -126,34 +127,11 @@ def sweep(
             due = count(weights[:, :last].numel(), sparsity) - gone_before
             kept = keep_largest(price, due / price.numel())
             gone_before += due
-        _clear(weights, factor, kept, first)
+        settle_columns(
+            weights, factor, range(first, last), partial(_cleared, kept=kept, first=first)
+        )
     return weights
 
 
-def _clear(weights: Tensor, factor: Tensor, kept: Tensor, first: int) -> None:
-    """Zero a block's weights column by column, each moving what lies to its right; in place.
-
-    The columns of the block see one another's errors at once, those beyond it all of them together.
-    """
-    width = kept.shape[1]
-    errors = torch.zeros_like(weights[:, :width])
-    last = first + width
-    for number in range(width):
-        column = first + number
-        gone = torch.where(kept[:, number], 0.0, weights[:, column])
-        errors[:, number] = gone / factor[column, column]
-        weights[:, column:last] -= errors[:, number, None] * factor[column, column:last]
-        weights[~kept[:, number], column] = 0.0
-    weights[:, last:] -= errors @ factor[first:last, last:]
-
-
-def inverted(hessian: Tensor) -> Tensor:
-    """The inverse of a Hessian.
-
-    Raises:
-        InputError: it is singular.
-    """
-    factor, failed = torch.linalg.cholesky_ex(hessian)
-    if failed:
-        raise InputError("the Hessian is singular: raise damping, or give more samples.")
-    return torch.cholesky_inverse(factor)
+def _cleared(column: int, values: Tensor, kept: Tensor, first: int) -> Tensor:
+    return torch.where(kept[:, column - first], values, 0.0)

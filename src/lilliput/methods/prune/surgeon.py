@@ -57,6 +57,7 @@ from ...core.run import Run
 from ...core.select import Weight
 from ...core.types import Change, Fraction, Positive
 from ...errors import InputError
+from ...mechanisms.columns import inverted
 from ...mechanisms.curvature import (
     as_rows,
     from_rows,
@@ -73,7 +74,7 @@ from ._allocation import SparsityMethod
 from ._dead import remove_dead_connections
 from ._layerwise import write
 from ._masking import changes, mask_of, nonzeros, put_masks
-from ._removals import greedy, inverted, removals, remove, sweep
+from ._removals import greedy, removals, remove, sweep
 from ._rounds import rounds_due
 
 #: A square matrix of more entries a side does not fit: 4,000 are 128 MB in double precision.

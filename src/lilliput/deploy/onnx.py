@@ -1,0 +1,258 @@
+"""A network as an ONNX file, its integers as integers: what ONNX Runtime, OpenVINO and others execute.
+
+Weights on a grid become signed bytes and a scale for each filter, quantizers become the pair
+``QuantizeLinear``, ``DequantizeLinear`` with the steps that the network computed with, unsigned. A runtime
+that finds such pairs around a product executes it in integers, and gets what the network gets up to
+rounding.
+
+Batch normalization is multiplied into the layer before it: of a grid that changes only the steps.
+
+The surprising rule: a runtime is free to leave a layer in float, and says nothing.
+:func:`.runtime.inspect` counts.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..core.select import weights
+from ..core.task import evaluation
+from ..errors import ExportFailed, InputError
+from ..mechanisms.activations import Quantizer, quantizer_at, replaced_activations
+from ..mechanisms.encodings import StepGrid, bake, encoding_of
+from ..mechanisms.flow import flows
+from . import _operators
+
+#: The version of ONNX's operators.
+OPSET = 20
+_CONVOLUTIONS = nn.modules.conv._ConvNd
+_PRODUCTS = (nn.Linear, _CONVOLUTIONS)
+#: Biases are integers of 32 bits; this keeps sums with them inside.
+_LARGEST_BIAS = 2.0**30
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file, and what was made of the network for it.
+
+    Attributes:
+        path: of the file.
+        bytes: its size.
+        integer_layers: names of the layers whose weights and inputs are integers.
+        float_layers: names of the other linear layers and convolutions.
+        folded: batch normalization -> the layer that it was multiplied into.
+    """
+
+    path: Path
+    bytes: int
+    integer_layers: list[str]
+    float_layers: list[str]
+    folded: dict[str, str]
+
+
+def export(model: nn.Module, inputs: Any, path: str | PathLike[str]) -> Exported:
+    """Write a network as an ONNX file with any batch size.
+
+    Args:
+        model: with whatever encodings; left as it is.
+        inputs: an example of what it takes: a tensor, a tuple of positional arguments or a dict of keywords;
+            the first dim of every tensor is the batch.
+        path: of the file; replaced whole or not at all.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: ONNX or its exporter is not installed; activations have bits that runtimes lack.
+        ExportFailed: torch's exporter does not know an operator, or the network changes while it is
+            traced; the message says which.
+
+    Example:
+        >>> import tempfile
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> export(net, torch.ones(1, 4), tempfile.mkdtemp() + "/net.onnx").float_layers
+        ['0', '2']
+    """
+    _operators.require("onnx", "onnxscript")
+    path = Path(path)
+    twin, folded = deployable(model, inputs)
+    _save(_traced(twin, inputs), path)
+    integer = [n for n, m in twin.named_modules() if isinstance(m, IntegerLayer) and m.before]
+    real = [n.removesuffix(".layer") for n, m in twin.named_modules() if isinstance(m, _PRODUCTS)]
+    return Exported(
+        path, path.stat().st_size, integer, [n for n in real if n not in integer], folded
+    )
+
+
+def _save(program: Any, path: Path) -> None:
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # where in the source it came from: half of a small file
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        program.save(str(temporary))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def deployable(model: nn.Module, inputs: Any) -> tuple[nn.Module, dict[str, str]]:
+    """A copy in which integers are stored as such, and batch normalization is gone where it can go.
+
+    Returns:
+        The copy, in eval mode, and batch normalization -> layer.
+
+    Raises:
+        InputError: activations of other than 8 bits.
+    """
+    twin = copy.deepcopy(model).cpu().float().eval()
+    layers = [n for n, m in twin.named_modules() if isinstance(m, _PRODUCTS)]
+    found = flows(twin, layers, inputs)
+    grids = {w.layer: g for w in weights(twin) if (g := encoding_of(w, StepGrid)) is not None}
+    bake(twin)
+    folded = {}
+    for name, flow in found.layers.items():
+        layer: Any = twin.get_submodule(name)
+        scale = torch.ones(len(layer.weight))
+        behind = quantizer_at(twin, f"{flow.norm or name}:output")
+        if flow.norm is not None:
+            scale = _absorb(layer, twin.get_submodule(flow.norm))
+            twin.set_submodule(flow.norm, nn.Identity())
+            folded[flow.norm] = name
+        if name in grids:
+            steps = grids[name].step.flatten() * scale.abs()
+            before = quantizer_at(twin, f"{name}:input")
+            twin.set_submodule(name, IntegerLayer(layer, steps, before, behind))
+    for place in replaced_activations(twin):
+        name, _, side = place.partition(":")
+        module: Any = dict(twin.named_modules()).get(name)
+        if side and isinstance(getattr(module, "output_quantizer", None), Quantizer):
+            module.output_quantizer = _Pair(module.output_quantizer)
+    return twin, folded
+
+
+def _absorb(layer: Any, norm: Any) -> Tensor:
+    """Multiply a batch normalization into a layer; by what each filter was multiplied."""
+    scale: Tensor = (norm.running_var + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
+    shift = shift * scale if norm.bias is None else shift * scale + norm.bias
+    layer.weight = nn.Parameter(layer.weight * scale.view(-1, *[1] * (layer.weight.ndim - 1)))
+    layer.bias = nn.Parameter(shift)
+    return scale
+
+
+class IntegerLayer(nn.Module):
+    """A linear layer or a convolution as it is exported.
+
+    Args:
+        layer: whose weights are multiples of the steps.
+        steps: ``(filters,)``.
+        before: what makes its inputs integers; None leaves them real.
+        behind: what makes its outputs integers, if anything does here.
+    """
+
+    integers: Tensor
+    steps: Tensor
+
+    def __init__(
+        self, layer: Any, steps: Tensor, before: Quantizer | None, behind: Quantizer | None
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.before = None if before is None else _Pair(before)
+        self.behind = None if behind is None else _Pair(behind)
+        weight, bias = layer.weight.detach(), layer.bias
+        unit = torch.ones(()) if before is None else before.step.detach()
+        steps = _steps_for_bias(weight, steps, None if bias is None else bias.detach() / unit)
+        integers = (weight / steps.view(-1, *[1] * (weight.ndim - 1))).round().clamp(-127, 127)
+        linear = isinstance(layer, nn.Linear)
+        self.axis = 1 if linear else 0  # a matrix is stored as it is multiplied with
+        self.register_buffer(
+            "integers", (integers.T if linear else integers).to(torch.int8).contiguous()
+        )
+        self.register_buffer("steps", steps)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        if before is not None and bias is not None and not linear:
+            self.register_buffer("bias_steps", steps * unit)
+            self.register_buffer("bias", (bias.detach() / (steps * unit)).round().to(torch.int32))
+        layer.weight, layer.bias = None, None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """What the layer computes, in the operators that runtimes look for."""
+        inputs = inputs if self.before is None else self.before(inputs)
+        weight = torch.ops.lilliput.stored(self.integers, self.steps, self.axis)
+        bias: Any = self.bias
+        if bias is not None and bias.dtype == torch.int32:
+            bias = torch.ops.lilliput.stored(bias, self.bias_steps, 0)
+        if self.axis:
+            output = _product(inputs, weight, bias)
+        else:
+            output = self.layer._conv_forward(inputs, weight, bias)
+        found: Tensor = output if self.behind is None else self.behind(output)
+        return found
+
+
+def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer. In two dims ONNX Runtime would make product and bias one operator, in float."""
+    flat = inputs.ndim == 2
+    output = (inputs[None] if flat else inputs) @ weight
+    output = output if bias is None else output + bias
+    return output.squeeze(0) if flat else output
+
+
+class _Pair(nn.Module):
+    """A quantizer as the pair of operators that runtimes know."""
+
+    step: Tensor
+    zero: Tensor
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        if quantizer.bits != 8:
+            raise InputError(
+                f"activations of {quantizer.bits} bits cannot be exported: runtimes execute 8. Weights may "
+                "have fewer; train the network with activation_bits: 8."
+            )
+        self.register_buffer("step", quantizer.step.detach().clone())
+        self.register_buffer("zero", quantizer.zero.to(torch.uint8))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found: Tensor = torch.ops.lilliput.quantized(inputs, self.step, self.zero)
+        return found
+
+
+def _steps_for_bias(weight: Tensor, steps: Tensor, bias: Tensor | None) -> Tensor:
+    """Steps so large that the bias fits into its integers: of filters that are (nearly) zero beside it."""
+    steps = torch.where(weight.flatten(1).any(1), steps, steps.new_tensor(1e-12))
+    return steps if bias is None else torch.maximum(steps, bias.abs() / _LARGEST_BIAS)
+
+
+def _traced(twin: nn.Module, inputs: Any) -> Any:
+    """The network as a program of ONNX's operators."""
+    double = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t])[:2], inputs)
+    arguments = double if isinstance(double, tuple) else ()
+    keywords = double if isinstance(double, dict) else {}
+    if not isinstance(double, tuple | dict):
+        arguments = (double,)
+    batch = torch.export.Dim.DYNAMIC
+    shapes = pytree.tree_map_only(Tensor, lambda t: {0: batch}, keywords or arguments)
+    try:
+        with _operators.quietly(), evaluation(twin):
+            return torch.onnx.export(
+                twin, arguments, kwargs=keywords, dynamo=True, opset_version=OPSET, verbose=False,
+                dynamic_shapes=shapes, custom_translation_table=_operators.translations(),
+            )  # fmt: skip
+    except Exception as error:
+        raise ExportFailed(
+            f"{type(twin).__name__} cannot be written as ONNX: {_operators.cause(error)}"
+        ) from error
