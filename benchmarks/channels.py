@@ -3,7 +3,7 @@
     python benchmarks/channels.py resnet20               # all rows, three seeds
     python benchmarks/channels.py resnet56 --jobs 2
     python benchmarks/channels.py resnet20 --only taylor --seeds 0
-    python benchmarks/channels.py resnet56 --only dense inside --epochs 6 --images 50000
+    python benchmarks/channels.py resnet56 --only dense inside --epochs 8 --images 50000
     python benchmarks/channels.py resnet20 --table       # only print
 
 The published weights are first fine-tuned on the data at hand; that network is where every row starts. Then
@@ -30,6 +30,8 @@ from lilliput.api import compress
 from lilliput.core.recipe import ModelSettings, Stage, TaskSettings, Train
 from lilliput.core.task import Task
 from lilliput.engine.recipes import build_model, build_task
+from lilliput.errors import InputError
+from lilliput.io import load
 from lilliput.mechanisms.initializing import draw_fresh_weights
 
 HERE = Path(__file__).resolve().parent
@@ -127,25 +129,28 @@ OWN_AMOUNT: dict[str, tuple[Any, dict[str, Any]]] = {
     "structured_sparsity, stronger": (shrinking, wen(158.0)),
 }
 TEACHER = {"method": "soft_targets", "teacher": "original", "temperature": 4}
+#: The name of the rows whose teacher is not the network that they start from, but the dense row's.
+LONGER = "dense row's teacher"
 
 
-def stages(row: str, budget: float, epochs: int) -> list[Stage]:
+def stages(row: str, budget: float, epochs: int, teacher: nn.Module | None = None) -> list[Stage]:
     """What happens to the fine-tuned network in one row."""
     if row == "dense":
         return [Stage(train=train(epochs))]
     name, _, taught = row.partition(" + ")
+    lesson = TEACHER if teacher is None else {**TEACHER, "teacher": teacher}
     plan, settings = (PLANS | OWN_AMOUNT)[name]
     amount = {} if name in OWN_AMOUNT else {"budget": {"macs": budget}}
     methods = [{**settings, **amount, "round_to": 1}]
-    return list(plan(epochs, *methods, *([TEACHER] if taught else [])))
+    return list(plan(epochs, *methods, *([lesson] if taught else [])))
 
 
 def rows(network: str) -> Iterator[tuple[str, float]]:
     yield "dense", 1.0
     if network == "resnet56":  # with what the paper reports of the FLOPs
         yield from (("Li's A", 0.896), ("Li's B", 0.724))
-        taught = ("filter_l1 + teacher", "taylor + teacher", "filter_l1, inside blocks + teacher")
-        yield from ((row, 0.5) for row in taught)
+        yield from (("filter_l1 + teacher", 0.5), ("taylor + teacher", 0.5))
+        yield from ((f"filter_l1, inside blocks + {who}", 0.5) for who in ("teacher", LONGER))
         return
     for name in ("bn_ista", "structured_sparsity"):  # what comes out is in the table
         yield from ((f"{name}, weaker", 0.7), (f"{name}, stronger", 0.5))
@@ -185,10 +190,20 @@ def do(job: Row, network: str, work: Path) -> Row:
         thin = compress(dense, data, stages("filter_l1", budget, 0), seed=seed).model
         plan, model = [Stage(train=train(2 * epochs, RATE_FROM_SCRATCH))], from_scratch(thin, seed)
     else:
-        plan, model = stages(row, budget, epochs), dense
+        plan, model = stages(row, budget, epochs, longer(job, network, work)), dense
     figures = compress(model, data, plan, directory=home, seed=seed).figures
     kept = ("score", "baseline_score", "validation", "parameters", "macs", "bytes", "latency_ratio")
     return {**{name: figures[name] for name in kept}, "widths": widths(home)}
+
+
+def longer(job: Row, network: str, work: Path) -> nn.Module | None:
+    """The dense network that was trained as long as the row, for the rows that it teaches."""
+    if not job["row"].endswith(LONGER):
+        return None
+    found = home_of({**job, "row": "dense", "budget": 1.0}, network, work) / "model.safetensors"
+    if not found.exists():
+        raise InputError(f"run the dense row first: {found} is its network, and the teacher here.")
+    return load(found)
 
 
 def home_of(job: Row, network: str, work: Path) -> Path:

@@ -190,7 +190,7 @@ class _Watch(TorchDispatchMode):
 
     def _forget(self, tensor: Tensor) -> None:
         for known in (self._ways, self._made, self._met, self._added):
-            known.pop(id(tensor), None)  # type: ignore[attr-defined]
+            known.pop(id(tensor), None)
 
     def _see(self, operator: str, args: Any, met: list[_Way], output: Any) -> None:
         within = next((name for name in reversed(self._running) if name in self.layers), None)
