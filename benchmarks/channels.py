@@ -3,7 +3,7 @@
     python benchmarks/channels.py resnet20               # all rows, three seeds
     python benchmarks/channels.py resnet56 --jobs 2
     python benchmarks/channels.py resnet20 --only taylor --seeds 0
-    python benchmarks/channels.py resnet56 --only dense inside --epochs 8 --images 50000
+    python benchmarks/channels.py resnet56 --only dense better --epochs 8 --images 50000
     python benchmarks/channels.py resnet20 --table       # only print
 
 The published weights are first fine-tuned on the data at hand; that network is where every row starts. Then
@@ -130,7 +130,7 @@ OWN_AMOUNT: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 TEACHER = {"method": "soft_targets", "teacher": "original", "temperature": 4}
 #: The name of the rows whose teacher is not the network that they start from, but the dense row's.
-LONGER = "dense row's teacher"
+BETTER = "better teacher"
 
 
 def stages(row: str, budget: float, epochs: int, teacher: nn.Module | None = None) -> list[Stage]:
@@ -150,7 +150,7 @@ def rows(network: str) -> Iterator[tuple[str, float]]:
     if network == "resnet56":  # with what the paper reports of the FLOPs
         yield from (("Li's A", 0.896), ("Li's B", 0.724))
         yield from (("filter_l1 + teacher", 0.5), ("taylor + teacher", 0.5))
-        yield from ((f"filter_l1, inside blocks + {who}", 0.5) for who in ("teacher", LONGER))
+        yield from ((f"filter_l1, inside blocks + {who}", 0.5) for who in ("teacher", BETTER))
         return
     for name in ("bn_ista", "structured_sparsity"):  # what comes out is in the table
         yield from ((f"{name}, weaker", 0.7), (f"{name}, stronger", 0.5))
@@ -190,15 +190,15 @@ def do(job: Row, network: str, work: Path) -> Row:
         thin = compress(dense, data, stages("filter_l1", budget, 0), seed=seed).model
         plan, model = [Stage(train=train(2 * epochs, RATE_FROM_SCRATCH))], from_scratch(thin, seed)
     else:
-        plan, model = stages(row, budget, epochs, longer(job, network, work)), dense
+        plan, model = stages(row, budget, epochs, better(job, network, work)), dense
     figures = compress(model, data, plan, directory=home, seed=seed).figures
     kept = ("score", "baseline_score", "validation", "parameters", "macs", "bytes", "latency_ratio")
     return {**{name: figures[name] for name in kept}, "widths": widths(home)}
 
 
-def longer(job: Row, network: str, work: Path) -> nn.Module | None:
+def better(job: Row, network: str, work: Path) -> nn.Module | None:
     """The dense network that was trained as long as the row, for the rows that it teaches."""
-    if not job["row"].endswith(LONGER):
+    if not job["row"].endswith(BETTER):
         return None
     found = home_of({**job, "row": "dense", "budget": 1.0}, network, work) / "model.safetensors"
     if not found.exists():
