@@ -123,7 +123,7 @@ def deployable(model: nn.Module, inputs: Any) -> tuple[nn.Module, dict[str, str]
     for name, flow in found.layers.items():
         layer: Any = twin.get_submodule(name)
         scale = torch.ones(len(layer.weight))
-        behind = quantizer_at(twin, f"{flow.norm or name}:output")
+        behind = quantizer_at(twin, f"{flow.norm or name}:output")  # lost with the module that goes
         if flow.norm is not None:
             scale = _absorb(layer, twin.get_submodule(flow.norm))
             twin.set_submodule(flow.norm, nn.Identity())

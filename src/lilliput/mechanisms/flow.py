@@ -1,8 +1,9 @@
-"""What becomes of a layer's output before another layer reads it: normalized, clipped, or used otherwise.
+"""What becomes of a layer's output before another layer reads it: normalized, clipped, added, or else.
 
 Integers pay where one layer hands them to the next. A rectifier, a pooling by maxima or a view between two
-layers leaves integers what they are; an addition, a mean or a sigmoid does not, and needs a quantizer of its
-own before it. One forward pass under a dispatch mode tells which it is.
+layers leaves integers what they are; a mean or a sigmoid does not, and needs a quantizer before it. The sums
+of residual networks can stay integers, if both summands and the sum have quantizers. One forward pass under
+a dispatch mode tells which it is.
 
 The surprising rule: a batch normalization belongs to its layer, for it can be multiplied into it, and the
 values that count are those behind it.
@@ -31,6 +32,7 @@ _PASSING = frozenset({
     "_reshape_alias", "native_dropout", "feature_dropout", "split", "chunk", "pixel_shuffle",
     "channel_shuffle",
 })  # fmt: skip
+_CONVOLUTIONS = nn.modules.conv._ConvNd
 
 
 @dataclass
@@ -39,17 +41,22 @@ class Flow:
 
     Attributes:
         norm: the batch normalization that reads it, if nothing else does.
-        low: no reader sees a value below this: 0 where all of them come behind a rectifier.
-        high: nor above this: 6 where all of them come behind a ReLU6.
         readers: the layers of the list that read it.
         to_layers: whether nobody else does.
+        low: 0 where all of them come behind a rectifier.
+        high: 6 where all of them come behind a ReLU6.
+        place: the module behind which it is what all readers see; where there is none, the normalization or
+            the layer itself.
+        limits: to what readers clip what comes from that place.
     """
 
     norm: str | None = None
-    low: float = math.inf
-    high: float = -math.inf
     readers: tuple[str, ...] = ()
     to_layers: bool = True
+    low: float = math.inf
+    high: float = -math.inf
+    place: str = ""
+    limits: tuple[float, float] = (-math.inf, math.inf)
 
 
 @dataclass
@@ -58,8 +65,8 @@ class Flows:
 
     Attributes:
         layers: of each layer that was called, in the order of the calls.
-        sums: module -> layers that read its output, which also is a summand of something else: the skip
-            connections of residual networks.
+        sums: module -> layers that read its output, which is a sum of what a convolution made and of
+            something else: the blocks of residual networks.
     """
 
     layers: dict[str, Flow]
@@ -87,43 +94,40 @@ def flows(model: nn.Module, layers: Iterable[str], inputs: Any) -> Flows:
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> found = flows(net, ["0", "2"], torch.ones(1, 4)).layers
-        >>> found["0"].readers, found["0"].low, found["2"].to_layers
-        (('2',), 0.0, False)
+        >>> found["0"].readers, found["0"].place, found["2"].to_layers
+        (('2',), '1', False)
     """
     with evaluation(model), _Watch(model, layers) as watch:
         output = answer(model, inputs)
-    for way in watch.ways(output):
-        watch.read(way)
-    return Flows(watch.found, watch.sums())
+    return watch.result(output)
 
 
 class _Watch(TorchDispatchMode):
-    """Books who reads the outputs of layers."""
+    """Books who reads the outputs of layers. Tensors are told apart by their ids, and kept alive for it."""
 
     def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: dict[str, Flow] = {}
         self.model, self.layers = model, frozenset(layers)
-        self._ways: dict[
-            int, tuple[Tensor, _Way]
-        ] = {}  # with the tensor, lest its id is given out twice
-        self._running: list[str] = []
-        self._plain: set[str] = set()  # layers whose output somebody reads as it is
-        self._calls: Counter[str] = Counter()
-        self._made: dict[
-            int, tuple[Tensor, list[str]]
-        ] = {}  # other tensors, and which modules gave them
-        self._met: dict[int, set[str]] = defaultdict(set)  # which layers read them
-        self._added: dict[int, Tensor] = {}
+        self.found: dict[str, Flow] = {}
+        self._kept: list[Any] = []
         self._handles: list[Any] = []
+        self._running: list[str] = []
+        self._calls: Counter[str] = Counter()
+        self._ways: dict[int, _Way] = {}
+        self._sums: set[int] = set()
+        self._made: dict[int, list[str]] = {}  # by which modules, the innermost first
+        self._met: dict[int, set[str]] = defaultdict(set)  # by which layers
+        # What readers of a layer's output see: a tensor, and which modules gave it.
+        self._read: dict[str, set[tuple[int, tuple[str, ...]]]] = defaultdict(set)
+        self._plain: set[str] = set()  # layers whose output somebody reads as it is
+
+    # -- the forward pass -----------------------------------------------------------------------------
 
     def __enter__(self) -> _Watch:
         for name, module in self.model.named_modules():
-            enter = partial(self._enter, name)
-            self._handles += [
-                module.register_forward_pre_hook(enter, prepend=True),
-                module.register_forward_hook(partial(self._leave, name)),
-            ]
+            enter, leave = partial(self._enter, name), partial(self._leave, name)
+            self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
+            self._handles.append(module.register_forward_hook(leave))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -135,38 +139,70 @@ class _Watch(TorchDispatchMode):
     def _enter(self, name: str, module: nn.Module, inputs: Any) -> None:
         self._running.append(name)
         self._calls[name] += 1
-        if name in self.layers and isinstance(inputs[0], Tensor):
+        if name in self.layers:
             self._met[id(inputs[0])].add(name)
 
     def _leave(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self._running.pop()
+        self._kept.append(output)
         if name in self.layers and isinstance(output, Tensor):
             self.found.setdefault(name, Flow())
-            self._put(output, _Way(name))
-        elif isinstance(output, Tensor):
-            self._made.setdefault(id(output), (output, []))[1].append(name)
+            self._ways[id(output)] = _Way(name)
+        self._made.setdefault(id(output), []).append(name)
 
-    def _put(self, tensor: Tensor, way: _Way) -> None:
-        self._ways[id(tensor)] = tensor, way
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = str(func.overloadpacket.__name__)
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        ways = [self._seen(t) for t in tensors if id(t) in self._ways]
+        summed = any(id(t) in self._sums for t in tensors)
+        output = func(*args, **(kwargs or {}))
+        self._kept.append((tensors, output))
+        if name.endswith("_"):  # in place: that tensor is another one now
+            self._forget(args[0])
+        if ways or summed:
+            self._see(name, args, ways, summed, output)
+        return output
 
-    def sums(self) -> dict[str, tuple[str, ...]]:
-        """See :class:`Flows`; a module that is called several times has no output of its own."""
-        found = {}
-        for key, (_, modules) in self._made.items():
-            own = next((name for name in modules if name and self._calls[name] == 1), None)
-            if own is not None and key in self._added and self._met[key]:
-                found[own] = tuple(sorted(self._met[key]))
-        return found
+    def _seen(self, tensor: Tensor) -> tuple[_Way, tuple[int, tuple[str, ...]]]:
+        """What a tensor is and where it comes from, before an operator in place makes another one of it."""
+        return self._ways[id(tensor)], (id(tensor), tuple(self._made.get(id(tensor), ())))
 
-    def ways(self, values: Any) -> list[_Way]:
-        """Which of some tensors come from layers."""
-        leaves = [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
-        return [self._ways[id(t)][1] for t in leaves if id(t) in self._ways]
+    def _forget(self, tensor: Tensor) -> None:
+        self._ways.pop(id(tensor), None)
+        self._made.pop(id(tensor), None)
+        self._met.pop(id(tensor), None)
+        self._sums.discard(id(tensor))
 
-    def read(self, way: _Way, reader: str | None = None) -> None:
-        """Book a reader, a layer of the list or anything else."""
+    # -- who reads what ---------------------------------------------------------------------------------
+
+    def _see(self, operator: str, args: Any, ways: list[Any], summed: bool, output: Any) -> None:
+        outputs = [id(t) for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        within = next((name for name in reversed(self._running) if name in self.layers), None)
+        after = None
+        if within is None and len(ways) == 1:
+            after = self._after(operator, args, ways[0][0])
+        if after is not None:
+            self._ways |= dict.fromkeys(outputs, after)
+            return
+        for way, origin in ways:
+            self._book(way, origin, within)
+        passing = operator in _PASSING or _limits(operator, args) is not None
+        if within is None and (
+            self._is_sum(operator, [way for way, _ in ways]) or (summed and passing)
+        ):
+            self._sums |= set(outputs)
+
+    def _is_sum(self, operator: str, ways: list[_Way]) -> bool:
+        made = (self.model.get_submodule(way.layer) for way in ways)
+        return operator in ("add", "add_") and any(isinstance(m, _CONVOLUTIONS) for m in made)
+
+    def _book(self, way: _Way, origin: tuple[int, tuple[str, ...]], reader: str | None) -> None:
+        """A reader of a layer's output: a layer of the list or anything else."""
         flow = self.found[way.layer]
         flow.low, flow.high = min(flow.low, way.low), max(flow.high, way.high)
+        self._read[way.layer].add(origin)
         if reader is None:
             flow.to_layers = False
         else:
@@ -174,36 +210,6 @@ class _Watch(TorchDispatchMode):
         if not way.normalized:
             self._plain.add(way.layer)
             flow.norm = None
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        met = self.ways((args, kwargs))
-        if func.overloadpacket.__name__ in ("add", "add_"):
-            self._added |= {id(t): t for t in args if isinstance(t, Tensor)}
-        output = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__.endswith("_"):  # in place: that tensor is another one now
-            self._forget(args[0])
-        if met:
-            self._see(str(func.overloadpacket.__name__), args, met, output)
-        return output
-
-    def _forget(self, tensor: Tensor) -> None:
-        for known in (self._ways, self._made, self._met, self._added):
-            known.pop(id(tensor), None)
-
-    def _see(self, operator: str, args: Any, met: list[_Way], output: Any) -> None:
-        within = next((name for name in reversed(self._running) if name in self.layers), None)
-        if within is not None:
-            for way in met:
-                self.read(way, within)
-        elif len(met) == 1 and (after := self._after(operator, args, met[0])) is not None:
-            for tensor in pytree.tree_leaves(output):
-                if isinstance(tensor, Tensor):
-                    self._put(tensor, after)
-        else:
-            for way in met:
-                self.read(way)
 
     def _after(self, operator: str, args: Any, way: _Way) -> _Way | None:
         """What an operator makes of a layer's output; None where it is more than integers survive."""
@@ -214,13 +220,36 @@ class _Watch(TorchDispatchMode):
             return way._replace(
                 low=min(max(way.low, low), high), high=max(min(way.high, high), low)
             )
-        flow, norm = self.found[way.layer], self._running[-1] if self._running else ""
+        norm = self._running[-1] if self._running else ""
         fresh = (way.low, way.high, way.normalized) == (-math.inf, math.inf, False)
         owned = isinstance(self.model.get_submodule(norm), nn.modules.batchnorm._BatchNorm)
         if "batch_norm" in operator and fresh and owned and way.layer not in self._plain:
-            flow.norm = norm
+            self.found[way.layer].norm = norm
             return way._replace(normalized=True)
         return None
+
+    # -- the result ---------------------------------------------------------------------------------------
+
+    def result(self, output: Any) -> Flows:
+        """What was booked, and that the network's own output has a reader too."""
+        for tensor in pytree.tree_leaves(output):
+            if id(tensor) in self._ways:
+                self._book(*self._seen(tensor), None)
+        for layer, flow in self.found.items():
+            read = list(self._read[layer])
+            own = self._owner(read[0][1]) if len(read) == 1 else None
+            flow.place = own or flow.norm or layer
+            if own is None:
+                flow.limits = flow.low, flow.high
+        owners = {key: self._owner(self._made.get(key, ())) for key in self._sums}
+        sums = {
+            own: tuple(sorted(self._met[key])) for key, own in owners.items() if own is not None
+        }
+        return Flows(self.found, dict(sorted(sums.items())))
+
+    def _owner(self, made: Iterable[str]) -> str | None:
+        """The innermost module that gave a tensor, and is called only once: behind it stands nothing else."""
+        return next((name for name in made if name and self._calls[name] == 1), None)
 
 
 def _limits(operator: str, args: Any) -> tuple[float, float] | None:

@@ -38,7 +38,7 @@ def equalize(model: nn.Module, chosen: list[Weight], flow: Mapping[str, Flow]) -
     pairs = {
         a: f.readers[0]
         for a, f in flow.items()
-        if f.to_layers and len(f.readers) == 1 and f.low in (0.0, -math.inf) and f.high == math.inf
+        if f.to_layers and len(f.readers) == 1 and f.high == math.inf and f.low in (0.0, -math.inf)
         if a in by_name and f.readers[0] in by_name
         if _fits(by_name[a], by_name[f.readers[0]])
     }

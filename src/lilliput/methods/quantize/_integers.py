@@ -9,7 +9,6 @@ integers, and is multiplied in when the network is exported.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -119,7 +118,6 @@ class IntegerMethod(LayerMethod):
         for place in [p for p in replaced_activations(run.model) if quantizer_at(run.model, p)]:
             remove_quantizer(run.model, place)
         found = flows(run.model, [w.layer for w in chosen], few(batches[0].inputs))
-        found.sums = {m: r for m, r in found.sums.items() if _any_convolution(run.model, r)}
         if self.activation_bits is not None:
             self._put_quantizers(run, found, batches, self.activation_bits, learned)
         return found, batches
@@ -192,25 +190,20 @@ def few(inputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t[:2], inputs)
 
 
-def _any_convolution(model: nn.Module, layers: Iterable[str]) -> bool:
-    """Sums of integers pay between convolutions; in a transformer they are normalized, in float."""
-    return any(isinstance(model.get_submodule(layer), _CONVOLUTIONS) for layer in layers)
-
-
 def _places(model: nn.Module, found: Flows) -> dict[str, tuple[float, float]]:
     """Where quantizers go, with the limits to which whoever reads there clips."""
     places = {f"{layer}:input": (-math.inf, math.inf) for layer in found.layers}
     places |= {f"{module}:output": (-math.inf, math.inf) for module in found.sums}
     for layer, flow in found.layers.items():
         if isinstance(model.get_submodule(layer), _CONVOLUTIONS) and not flow.to_layers:
-            places[f"{flow.norm or layer}:output"] = (flow.low, flow.high)
+            places[f"{flow.place}:output"] = flow.limits
     return places
 
 
 @torch.no_grad()
 def _align(model: nn.Module, found: Flows) -> None:
     """Whoever reads integers as they are counts in the same steps, so that nothing is rounded twice."""
-    readers = {f"{flow.norm or layer}:output": flow.readers for layer, flow in found.layers.items()}
+    readers = {f"{flow.place}:output": flow.readers for flow in found.layers.values()}
     for place, layers in (readers | {f"{m}:output": r for m, r in found.sums.items()}).items():
         behind = quantizer_at(model, place)
         for before in (quantizer_at(model, f"{layer}:input") for layer in layers):
