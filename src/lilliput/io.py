@@ -88,8 +88,8 @@ def save(
         structure["tied"] = tied
     if replaced := replaced_activations(model):
         structure["activations"] = replaced
-    if grids := _grids(model):
-        structure["grids"] = {name: grid.bits for name, grid in grids.items()}
+    if grids := {w.name: g.bits for w in weights(model) if (g := _grid_of(w)) is not None}:
+        structure["grids"] = grids
     tensors = parts(model)
     if pack is not None:
         structure["tasks"] = packed.describe(pack)
@@ -157,7 +157,7 @@ def parts(model: nn.Module) -> dict[str, np.ndarray | Coded | BFloat16]:
             coded[weight.name] = _coded(codebook, original_of(weight), weight.value)
         elif encoding_of(weight, IntegerGrid) is not None:
             coded[weight.name] = _few_values(weight.value)
-        elif (grid := encoding_of(weight, StepGrid)) is not None:
+        elif (grid := _grid_of(weight)) is not None:
             coded[weight.name] = _few_values(grid.integers(weight.value.detach()))
             scales[f"{_SCALES}{weight.name}"] = _to_numpy(grid.step.flatten())
         elif (binary := encoding_of(weight, Binary)) is not None:
@@ -176,10 +176,11 @@ def _scale_of(weight: Weight, binary: Binary) -> Tensor:
     return weight.value.detach().abs().flatten(1).amax(1).view(-1, *[1] * (weight.value.ndim - 1))
 
 
-def _grids(model: nn.Module) -> dict[str, StepGrid]:
-    """The weights that are integers times a step for each filter."""
-    found = {weight.name: encoding_of(weight, StepGrid) for weight in weights(model)}
-    return {name: grid for name, grid in found.items() if grid is not None}
+def _grid_of(weight: Weight) -> StepGrid | None:
+    """The grid on which a weight lies; None also where something around it holds entries elsewhere."""
+    grid, value = encoding_of(weight, StepGrid), weight.value.detach()
+    on_it = grid is not None and torch.equal(grid.integers(value) * grid.step, value)
+    return grid if on_it else None
 
 
 def _steps(file: artifact.Artifact) -> dict[str, tuple[int, Tensor]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CorruptArtifact, InputError
-from .encodings import on_grid, rounded, slowed
+from .encodings import on_grid, rounded, settle_step, slowed
 
 #: A plain attribute of the root module: name of a module -> kind and settings.
 _ATTRIBUTE = "lilliput_activations"
@@ -205,6 +205,10 @@ class Quantizer(Activation):
         """h, the largest integer."""
         return int(2**self.bits - 1)
 
+    def settle(self) -> None:
+        """Let the step stay as it is from now on."""
+        settle_step(self)
+
     def settings(self) -> dict[str, Any]:
         """Bits, and whether the step trains; step and zero are tensors of the network."""
         return {"bits": self.bits, "learned": self.learned}
@@ -256,6 +260,15 @@ def replace_activation(model: nn.Module, place: str, activation: Activation) -> 
     replaced = dict(replaced_activations(model))
     replaced[place] = {"kind": activation.kind, **activation.settings()}
     setattr(model, _ATTRIBUTE, replaced)
+
+
+def settle_activations(model: nn.Module) -> None:
+    """Let the steps of all quantizers stay as they are from now on."""
+    for place in replaced_activations(model):
+        quantizer = quantizer_at(model, place)
+        if quantizer is not None:
+            quantizer.settle()
+            replace_activation(model, place, quantizer)
 
 
 def quantizer_at(model: nn.Module, place: str) -> Quantizer | None:

@@ -44,6 +44,10 @@ class Encoding(nn.Module):
         """What trains, computed from the value that the weight has now; called by torch."""
         return value
 
+    def shape_of(self, original: Tensor) -> torch.Size:
+        """The weight's shape, from what trains."""
+        return original.shape
+
     def forget(self) -> None:
         """Drop what was computed from the buffers: they were loaded, or cut by surgery."""
 
@@ -190,6 +194,10 @@ class Codebook(Encoding):
         """The centroids are what trains."""
         return self._start.to(value)
 
+    def shape_of(self, original: Tensor) -> torch.Size:
+        """That of the codes; what trains are the centroids."""
+        return self.codes.shape
+
     def members(self) -> tuple[Tensor, Tensor | None]:
         """Centroid number of each non-zero weight and its place; places None where none is zero."""
         if self._members is None or self._members[0].device != self.codes.device:
@@ -330,6 +338,10 @@ class StepGrid(Encoding):
         """h, the largest integer."""
         return _highest(self.bits)
 
+    def settle(self) -> None:
+        """Let the steps stay as they are from now on."""
+        settle_step(self)
+
     def settings(self) -> dict[str, Any]:
         """Bits, and whether steps train."""
         return {"bits": self.bits, "learned": self.learned}
@@ -350,6 +362,17 @@ class StepGrid(Encoding):
 
 def _highest(bits: int) -> int:
     return int(2 ** (bits - 1)) - 1
+
+
+def settle_step(module: Any) -> None:
+    """Make the step of a module a buffer, so that no optimizer of a later stage moves it."""
+    if module.learned:
+        step = module._parameters.pop("step").detach()
+        module.learned = False
+        others = dict(module._buffers)
+        module._buffers.clear()  # lest the order of tensors depends on what the module once was
+        module.register_buffer("step", step)
+        module._buffers.update(others)
 
 
 def rounded(value: Tensor) -> Tensor:

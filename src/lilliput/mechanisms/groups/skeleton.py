@@ -10,7 +10,6 @@ The surprising rule: integers that the modules hold are replaced by integers tha
 from __future__ import annotations
 
 import copy
-import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -136,9 +135,8 @@ def _meta(tensor: Tensor) -> Tensor:
 def _computed(stack: Any) -> Tensor | None:
     """A tensor like the weight that a stack of parametrizations computes, if it can be computed."""
     if all(isinstance(part, Encoding) for part in stack):
-        of_the_innermost = itertools.chain(stack[0].buffers(), stack[0].parameters())
-        like = next(of_the_innermost, stack.original)
-        return torch.empty(like.shape, dtype=stack.original.dtype, device="meta")
+        shape = stack[0].shape_of(stack.original)
+        return torch.empty(shape, dtype=stack.original.dtype, device="meta")
     try:
         return torch.empty_like(stack.eval()(), device="meta")
     except Exception:  # a parametrization of the user's that does not run without numbers

@@ -28,7 +28,14 @@ from ...mechanisms.activations import (
     replace_activation,
     replaced_activations,
 )
-from ...mechanisms.encodings import Mask, StepGrid, encode, encoding_of
+from ...mechanisms.encodings import (
+    Binary,
+    Codebook,
+    IntegerGrid,
+    StepGrid,
+    encode,
+    encoding_of,
+)
 from ...mechanisms.flow import Flows, flows
 from ...mechanisms.ranges import Calibration, calibrate, grid_of, range_of, steps_of
 from ._bits_by_loss import losses, spread_bits
@@ -94,7 +101,7 @@ class IntegerMethod(LayerMethod):
                 + ". Linear layers and convolutions can, transposed ones and recurrent layers cannot."
             )
         for weight in found:
-            if not all(isinstance(e, Mask | StepGrid) for e in weight.encodings()):
+            if any(isinstance(e, Codebook | Binary | IntegerGrid) for e in weight.encodings()):
                 raise InputError(
                     f"{self.method_name()}: {weight.name} is quantized already "
                     f"({', '.join(e.kind for e in weight.encodings())}). Leave it out with "

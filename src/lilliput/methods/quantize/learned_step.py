@@ -33,8 +33,8 @@ import torch
 from ...core.registry import method
 from ...core.run import Run
 from ...core.types import Change
-from ...mechanisms.activations import Quantizer
-from ...mechanisms.encodings import StepGrid, encoding_of
+from ...mechanisms.activations import Quantizer, settle_activations
+from ...mechanisms.encodings import StepGrid
 from ._integers import IntegerMethod, put_grid
 
 #: No step becomes smaller than this part of where it began.
@@ -82,10 +82,11 @@ class LearnedStep(IntegerMethod):
             step.clamp_min_(least)
 
     def finish(self, run: Run) -> list[Change]:
-        """A line for each layer."""
+        """Let the steps stay as they are; a line for each layer."""
+        settle_activations(run.model)
+        for grid in [m for m in run.model.modules() if isinstance(m, StepGrid)]:
+            grid.settle()
         return self.told(run, self.weights(run.model))
 
     def _steps(self, run: Run) -> list[torch.Tensor]:
-        grids = [encoding_of(w, StepGrid) for w in self.layers_of(run.model)]
-        quantizers = [m for m in run.model.modules() if isinstance(m, Quantizer)]
-        return [part.step for part in (*grids, *quantizers) if part is not None]
+        return [m.step for m in run.model.modules() if isinstance(m, StepGrid | Quantizer)]
