@@ -26,6 +26,7 @@ VERBS = {
     "validate": ("validate:validate", "Check a recipe, and print what it resolves to."),
     "run": ("run:run", "Run a recipe, or go on with it where it was interrupted."),
     "profile": ("profile:profile", "Measure a network: size, work, memory, latency, sensitivity."),
+    "export": ("export:export", "Write a network for other runtimes, integers as integers."),
     "report": ("report:report", "Write an HTML report of one run, or a comparison of several."),
     "doctor": ("doctor:doctor", "Check this machine: versions, packages, data sets, disk."),
 }

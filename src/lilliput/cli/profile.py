@@ -12,16 +12,15 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from .. import artifact, io
-from ..core.recipe import ModelSettings, TaskSettings
+from ..core.recipe import TaskSettings
 from ..core.task import Task
-from ..engine.recipes import build_model, build_task
+from ..engine.recipes import build_task
 from ..errors import InputError
 from ..measure import HOROWITZ_45NM, Macs, Size, measure, size
 from ..mechanisms.groups import find_groups
+from ._network import inputs_of, network_of
 from ._print import columns, note, print_json, print_text
 
 
@@ -50,10 +49,10 @@ def profile(
         json: print one JSON object.
     """
     with redirect_stdout(sys.stderr if json else sys.stdout):
-        network, found = _network(model, weights)
+        network, found = network_of(model, weights, "profile")
         asked = TaskSettings(name=task) if task else found
         job = build_task(asked) if asked else None
-        content = _figures(network, _inputs(job, input_))
+        content = _figures(network, inputs_of(job, input_))
         if sensitivity:
             content["sensitivity"] = _scan(network, job, save)
     content = {"model": model, **content}
@@ -62,36 +61,6 @@ def profile(
     else:
         print_text(_render(content))
     return 0
-
-
-def _network(reference: str, weights: Path | None) -> tuple[nn.Module, TaskSettings | None]:
-    """The network, and the task that a compressed file says it was made for."""
-    path = Path(reference)
-    if path.suffix in (".safetensors", ".llp") or path.is_file():
-        return _from_file(path, weights)
-    kind = "build" if ":" in reference else "architecture"
-    settings = {kind: reference, "weights": None if weights is None else str(weights)}
-    return build_model(ModelSettings.model_validate(settings)), None
-
-
-def _from_file(path: Path, weights: Path | None) -> tuple[nn.Module, TaskSettings | None]:
-    if not path.is_file():
-        raise InputError(f"there is no file {path} to profile.")
-    if weights is not None:
-        raise InputError(f"{path} has weights of its own: give a network's name with --weights.")
-    with artifact.open(path) as file:
-        task = (file.recipe or {}).get("task")
-    # A recipe keeps its task as settings, a run from Python only the task's name.
-    return io.load(path), TaskSettings.model_validate(task) if isinstance(task, dict) else None
-
-
-def _inputs(task: Task | None, shape: str | None) -> Any:
-    if shape is None:
-        return None if task is None else task.example_inputs()
-    sizes = shape.split(",")
-    if not all(size.strip().isdigit() and int(size) for size in sizes):
-        raise InputError(f"--input {shape!r} should be sizes and commas, like 1,3,224,224.")
-    return torch.randn([int(size) for size in sizes], generator=torch.Generator().manual_seed(0))
 
 
 def _figures(model: nn.Module, inputs: Any) -> dict[str, Any]:
