@@ -33,6 +33,8 @@ def profile(
     weights: Path | None = None,
     sensitivity: bool = False,
     save: Path | None = None,
+    deploy: bool = False,
+    picture: Path | None = None,
     json: bool = False,
 ) -> int:
     """Measure a network: size, work, memory, latency, sensitivity.
@@ -40,14 +42,18 @@ def profile(
     The energy is an estimate. Without a task and without an input only the size is counted.
 
     Args:
-        model: an architecture's name, package.module:function, or a compressed file.
-        task: a task's name or package.module:function; its first sample is the input.
-        input_: shape of a random input instead, for example 1,3,224,224.
-        weights: a file to fill the network from.
-        sensitivity: scan each layer: the score against sparsity and against bits. Needs a task.
-        save: write the scan to this file. The report shows RUN/sensitivity.json of its runs.
+        model: an architecture's name, package.module:function, or a compressed file. task: a task's name or
+        package.module:function; its first sample is the input. input_: shape of a random input instead, for
+        example 1,3,224,224. weights: a file to fill the network from. sensitivity: scan each layer: the
+        score against sparsity and against bits. Needs a task. save: write the scan to this file. The report
+        shows RUN/sensitivity.json of its runs. deploy: time the network in each runtime that is installed,
+        as it is, in 8-bit integers, and with half of
+            the channels, against the most that this machine can do.
+        picture: write an SVG picture of these times as well.
         json: print one JSON object.
     """
+    if picture is not None and not deploy:
+        raise InputError("--picture draws the times of --deploy: give both.")
     with redirect_stdout(sys.stderr if json else sys.stdout):
         network, found = network_of(model, weights, "profile")
         asked = TaskSettings(name=task) if task else found
@@ -55,7 +61,11 @@ def profile(
         content = _figures(network, inputs_of(job, input_))
         if sensitivity:
             content["sensitivity"] = _scan(network, job, save)
+        if deploy:
+            content["deployment"] = _deployment(network, job, input_)
     content = {"model": model, **content}
+    if picture is not None:
+        _draw(content, picture)
     if json:
         print_json(content)
     else:
@@ -125,6 +135,33 @@ def _scan(model: nn.Module, task: Task | None, save: Path | None) -> dict[str, A
     return found
 
 
+def _deployment(model: nn.Module, task: Task | None, shape: str | None) -> dict[str, Any]:
+    from ._deployed import as_dict, profile_deployment
+
+    inputs = inputs_of(task, shape)
+    if inputs is None:
+        raise InputError(
+            "--deploy runs the network, so it needs --task NAME or --input 1,3,224,224."
+        )
+    return as_dict(*profile_deployment(model, inputs, task))
+
+
+def _draw(content: dict[str, Any], out: Path) -> None:
+    from ..report import Bar, draw_bars
+
+    rows = content["deployment"]["rows"]
+    bars = [
+        Bar(
+            r["runtime"],
+            r["seconds"],
+            f"{r['variant']}, {r['seconds'] * 1e3:.2f} ms",
+            f"{r['faster']:.1f}x",
+        )
+        for r in rows
+    ]
+    draw_bars(out, content["model"], "time of one sample", "faster than in torch", bars)
+
+
 def _render(content: dict[str, Any]) -> str:
     parts = [columns(_summary(content)), _layer_table(content)]
     if "channels" in content:
@@ -133,6 +170,10 @@ def _render(content: dict[str, Any]) -> str:
         parts.append("MACs, memory, energy and latency need --task NAME or --input 1,3,224,224.")
     if "sensitivity" in content:
         parts.append(_scan_table(content["sensitivity"]))
+    if "deployment" in content:
+        from ._deployed import render
+
+        parts.append(render(content["deployment"]))
     return "\n\n".join(parts)
 
 

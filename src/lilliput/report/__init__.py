@@ -8,13 +8,15 @@ the run and lies in its directory; only the weights are read from the artifacts.
 from __future__ import annotations
 
 from .page import write_report
-from .picture import picture
+from .picture import Bar, draw_bars, picture
 from .read import RunData, read_run, read_runs
 from .tables import comparison, markdown_table
 
 __all__ = [
+    "Bar",
     "RunData",
     "comparison",
+    "draw_bars",
     "markdown_table",
     "picture",
     "read_run",

@@ -1,4 +1,4 @@
-"""A small static SVG of one run, for a README: bytes a stage as bars, the score beside each.
+"""A small static SVG, for a README: bars with words, and a figure beside each. Of a run: bytes and scores.
 
 It has no ground of its own, and its colors have a contrast of at least 4:1 on white and on GitHub's dark
 ground alike: a picture cannot know on which of the two it will be shown.
@@ -6,8 +6,10 @@ ground alike: a picture cannot know on which of the two it will be shown.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
+from typing import NamedTuple
 from xml.sax.saxutils import escape, quoteattr
 
 from ..errors import InputError
@@ -22,7 +24,7 @@ _PICTURE = Template(
 height="$height" role="img" aria-label=$label font-family="system-ui, -apple-system, 'Segoe UI', \
 Helvetica, Arial, sans-serif" font-size="14" fill="#757c85">
 <title>$title</title>
-<g font-size="12"><text x="$bars" y="24">bytes on disk</text>
+<g font-size="12"><text x="$bars" y="24">$measured</text>
 <text x="$score" y="24" text-anchor="end">$score_name</text></g>
 $rows
 </svg>
@@ -34,6 +36,22 @@ _ROW = Template(
 <text x="$after" y="$line">$words</text>
 <text x="$score" y="$line" text-anchor="end" font-weight="600">$value</text>"""
 )
+
+
+class Bar(NamedTuple):
+    """One row of a picture.
+
+    Attributes:
+        name: of what is measured.
+        size: of the bar, in whatever unit all bars share.
+        words: what stands behind the bar.
+        value: what stands at the right.
+    """
+
+    name: str
+    size: float
+    words: str
+    value: str
 
 
 def picture(run: Path, out: Path) -> Path:
@@ -49,8 +67,34 @@ def picture(run: Path, out: Path) -> Path:
     Raises:
         InputError: the directory holds no finished run, or ``out`` cannot be written.
     """
-    drawing = _draw(read_run(run))
-    out = Path(out)
+    found = read_run(run)
+    score_name = found.figures["score_name"]
+    return draw_bars(out, found.name, "bytes on disk", score_name, _stages(found))
+
+
+def draw_bars(out: Path, title: str, measured: str, beside: str, bars: Sequence[Bar]) -> Path:
+    """Draw some bars, the first of which is what the others are compared with.
+
+    Args:
+        out: the SVG file; replaced if it exists, its folder is made.
+        title: what it shows.
+        measured: what the bars are.
+        beside: what the figures at the right are.
+        bars: at least one.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        InputError: ``out`` cannot be written.
+    """
+    out, longest = Path(out), max(bar.size for bar in bars)
+    said = "; ".join(f"{bar.name}: {bar.words}, {bar.value}" for bar in bars)
+    drawing = _PICTURE.substitute(
+        width=_WIDTH, height=_TOP + _STEP * len(bars), bars=_NAMES, score=_SCORE,
+        label=quoteattr(f"{title}. {beside}. {said}."), title=escape(title), measured=escape(measured),
+        score_name=escape(beside), rows="\n".join(_row(n, b, longest) for n, b in enumerate(bars)),
+    )  # fmt: skip
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(drawing, encoding="utf-8")
@@ -62,28 +106,23 @@ def picture(run: Path, out: Path) -> Path:
     return out
 
 
-def _draw(run: RunData) -> str:
+def _stages(run: RunData) -> list[Bar]:
     figures = run.figures
-    dense = ("dense", figures["dense_bytes"], figures["baseline_score"])
-    bars = [dense, *((s["name"], s["bytes"], s["score"]) for s in run.stages)]
-    rows = [_row(n, name, size, score, dense[1]) for n, (name, size, score) in enumerate(bars)]
-    said = "; ".join(
-        f"{name}: {count(size)} bytes, {decimals(score)}" for name, size, score in bars
-    )
-    return _PICTURE.substitute(
-        width=_WIDTH, height=_TOP + _STEP * len(bars), bars=_NAMES, score=_SCORE,
-        label=quoteattr(f"{run.name}. {figures['score_name']}. {said}."),
-        title=escape(run.name), score_name=escape(figures["score_name"]), rows="\n".join(rows),
-    )  # fmt: skip
+    dense = figures["dense_bytes"]
+    bars = [Bar("dense", dense, count(dense), decimals(figures["baseline_score"]))]
+    for stage in run.stages:
+        size = stage["bytes"]
+        words = f"{count(size)}, {ratio(dense / size)} smaller"
+        bars.append(Bar(stage["name"], size, words, decimals(stage["score"])))
+    return bars
 
 
-def _row(number: int, name: str, size: int, score: float, dense: int) -> str:
-    top, length = _TOP + _STEP * number - 8, max(2.0, _BARS * size / dense)
-    smaller = f", {ratio(dense / size)} smaller" if number else ""
+def _row(number: int, bar: Bar, longest: float) -> str:
+    top, length = _TOP + _STEP * number - 8, max(2.0, _BARS * bar.size / longest)
     return _ROW.substitute(
         names=_NAMES - 12, bars=_NAMES, top=top, line=top + 15, length=f"{length:.1f}",
         after=f"{_NAMES + length + 10:.1f}", score=_SCORE, color="#2f7fb8" if number else "#818892",
-        name=escape(_shortened(name)), words=f"{count(size)}{smaller}", value=decimals(score),
+        name=escape(_shortened(bar.name)), words=escape(bar.words), value=escape(bar.value),
     )  # fmt: skip
 
 
