@@ -42,13 +42,14 @@ def profile(
     The energy is an estimate. Without a task and without an input only the size is counted.
 
     Args:
-        model: an architecture's name, package.module:function, or a compressed file. task: a task's name or
-        package.module:function; its first sample is the input. input_: shape of a random input instead, for
-        example 1,3,224,224. weights: a file to fill the network from. sensitivity: scan each layer: the
-        score against sparsity and against bits. Needs a task. save: write the scan to this file. The report
-        shows RUN/sensitivity.json of its runs. deploy: time the network in each runtime that is installed,
-        as it is, in 8-bit integers, and with half of
-            the channels, against the most that this machine can do.
+        model: an architecture's name, package.module:function, or a compressed file.
+        task: a task's name or package.module:function; its first sample is the input.
+        input_: shape of a random input instead, for example 1,3,224,224.
+        weights: a file to fill the network from.
+        sensitivity: scan each layer: the score against sparsity and against bits. Needs a task.
+        save: write the scan to this file. The report shows RUN/sensitivity.json of its runs.
+        deploy: time the network in each runtime that is installed, as it is, in 8-bit integers, and with half
+            of the channels, against the most that this machine can do.
         picture: write an SVG picture of these times as well.
         json: print one JSON object.
     """
