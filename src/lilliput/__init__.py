@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .io import load, save
     from .measure import measure
     from .mechanisms.packing import remove_task, switch, tasks_of
+    from .quantizing import quantize
     from .thinning import thin
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ _HOMES = {
     "core.task": ("Task", "accuracy"),
     "io": ("load", "save"),
     "mechanisms.packing": ("remove_task", "switch", "tasks_of"),
+    "quantizing": ("quantize",),
     "thinning": ("thin",),
 }
 _MODULES = ("artifact", "deploy", "methods", "measure", "errors", "testing")
@@ -52,6 +54,7 @@ __all__ = [
     "measure",
     "method",
     "methods",
+    "quantize",
     "remove_task",
     "run_recipe",
     "save",

@@ -5,24 +5,21 @@ The surprising rule: the thin variants are not retrained, so they have a time an
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..api import compress
-from ..core.recipe import Stage, Train
-from ..core.task import Task, evaluate
+from ..core.task import Task, as_batch, evaluate
 from ..deploy import OnnxNetwork, OpenvinoNetwork, export, inspect, installed
 from ..deploy.ceiling import Ceiling, ceiling
 from ..deploy.deployment import without_integers
 from ..errors import LilliputError
 from ..measure import latency, macs
 from ..mechanisms.activations import quantizer_at, replaced_activations
+from ..quantizing import quantize
 from ..thinning import thin
 from ._print import columns, note
 
@@ -127,22 +124,8 @@ def _try(made: dict[str, Any], failed: dict[str, str], name: str, make: Any) -> 
 
 def quantized(model: nn.Module, inputs: Any, task: Task | None) -> nn.Module:
     """The network in 8-bit integers, calibrated on the task, or on the example where there is none."""
-    from ..methods import PostTraining
-
-    if task is None:
-        batches = [(inputs, torch.zeros(1))]
-        task = Task(batches, batches, None, _no_loss, _no_score, "an example")
-    stage = Stage(methods=[PostTraining()], train=Train(epochs=0))
-    with tempfile.TemporaryDirectory() as folder:
-        return compress(copy.deepcopy(model), task, [stage], directory=Path(folder) / "run").model
-
-
-def _no_loss(output: Any, target: Tensor) -> Tensor:
-    return torch.zeros(())
-
-
-def _no_score(output: Any, target: Tensor) -> Tensor:
-    return torch.zeros(1)
+    seen = [inputs] if task is None else [as_batch(item).inputs for item in task.train]
+    return quantize(model, seen).model
 
 
 def as_dict(rows: list[Row], best: Ceiling, failed: dict[str, str]) -> dict[str, Any]:

@@ -6,17 +6,25 @@ the time are measured each time, for a runtime may do otherwise than the file sa
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
 from .. import io
 from ..core.recipe import TaskSettings
+from ..core.task import Task, as_batch
+from ..core.types import Batch
 from ..deploy import Deployment, deploy
 from ..engine.recipes import build_task
+from ..errors import InputError
 from ._network import inputs_of, network_of
 from ._print import columns, note, print_json, print_text
+
+#: Batches on which products of activations are measured.
+_CALIBRATION = 8
 
 
 def export(
@@ -29,12 +37,14 @@ def export(
     input_: str | None = None,
     weights: Path | None = None,
     against: Path | None = None,
+    products: bool = False,
     threads: int = 1,
     json: bool = False,
 ) -> int:
-    """Write a network as an ONNX file, and measure it in the runtimes that are installed.
+    """Write a network for other runtimes, integers as integers.
 
-    Integer weights and activations stay integers. Without a task there is no score.
+    The file is measured in the runtimes that are installed. Integer weights and activations stay integers.
+    Without a task there is no score.
 
     Args:
         model: a compressed file, an architecture's name, or package.module:function.
@@ -45,6 +55,8 @@ def export(
         weights: a file to fill the network from.
         against: the compressed file of the network before it was quantized, for the noise of each layer. A
             run directory has one for each stage, in stages.
+        products: make products of two activations, as in attention, integers too, measured on the
+            task's training batches.
         threads: of the runtimes.
         json: print one JSON object.
     """
@@ -55,12 +67,26 @@ def export(
         inputs = inputs_of(job, input_)
         note("exporting and measuring ...")
         before = None if against is None else io.load(against)
-        made = deploy(network, out, task=job, inputs=inputs, reference=before, threads=threads)
+        made = deploy(
+            network,
+            out,
+            task=job,
+            inputs=inputs,
+            reference=before,
+            products=_calibration(job) if products else None,
+            threads=threads,
+        )
     if json:
         print_json({"model": model, "to": to, **made.as_dict()})
     else:
         print_text(_render(made))
     return 0
+
+
+def _calibration(task: Task | None) -> Iterator[Batch]:
+    if task is None:
+        raise InputError("--products measures on a task's training batches: give --task NAME.")
+    return itertools.islice(map(as_batch, task.train), _CALIBRATION)
 
 
 def _render(made: Deployment) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from ..core.task import Task, answer, evaluate, evaluation
+from ..core.types import Batch
+from ..errors import InputError
 from ..measure import latency
 from ..measure.noise import layer_noise
 from ..mechanisms.activations import quantizer_at, remove_quantizer, replaced_activations
@@ -70,7 +72,9 @@ class Deployment:
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
-        return {**asdict(self), "path": str(self.exported.path)}
+        found = asdict(self)
+        found["exported"]["path"] = str(self.exported.path)
+        return found
 
 
 def deploy(
@@ -80,6 +84,7 @@ def deploy(
     task: Task | None = None,
     inputs: Any = None,
     reference: nn.Module | None = None,
+    products: Iterable[Batch] | None = None,
     threads: int = 1,
     seconds: float = 1.0,
 ) -> Deployment:
@@ -92,6 +97,7 @@ def deploy(
         inputs: an example instead, the first dim of each tensor being the batch.
         reference: the network before it was quantized; by default the same one without quantizers, whose
             weights are rounded all the same.
+        products: batches for products of two activations; see :func:`.onnx.export`.
         threads: of the runtimes.
         seconds: of timing, a runtime.
 
@@ -104,7 +110,7 @@ def deploy(
     """
     given = example(task, inputs)
     plain = without_integers(model)
-    exported = export(model, given, path)
+    exported = export(model, given, path, products=products)
     with tempfile.TemporaryDirectory() as folder:
         dense = export(plain, given, Path(folder) / "float.onnx")
         runtimes = [
@@ -120,8 +126,6 @@ def deploy(
 def example(task: Task | None, inputs: Any) -> Any:
     """Inputs of one sample, from a task where none are given."""
     if inputs is None and task is None:
-        from ..errors import InputError
-
         raise InputError("an export needs an example: give inputs or a task.")
     return task.example_inputs() if inputs is None and task is not None else inputs
 

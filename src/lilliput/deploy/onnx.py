@@ -14,6 +14,7 @@ The surprising rule: a runtime is free to leave a layer in float, and says nothi
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -25,11 +26,13 @@ from torch.utils import _pytree as pytree
 
 from ..core.select import weights
 from ..core.task import evaluation
+from ..core.types import Batch
 from ..errors import ExportFailed, InputError
 from ..mechanisms.activations import Quantizer, quantizer_at, replaced_activations
 from ..mechanisms.encodings import StepGrid, bake, encoding_of
 from ..mechanisms.flow import flows
 from . import _operators
+from .products import quantize_products
 
 #: The version of ONNX's operators.
 OPSET = 20
@@ -49,6 +52,7 @@ class Exported:
         integer_layers: names of the layers whose weights and inputs are integers.
         float_layers: names of the other linear layers and convolutions.
         folded: batch normalization -> the layer that it was multiplied into.
+        products: of two activations that are of integers.
     """
 
     path: Path
@@ -56,9 +60,16 @@ class Exported:
     integer_layers: list[str]
     float_layers: list[str]
     folded: dict[str, str]
+    products: list[str]
 
 
-def export(model: nn.Module, inputs: Any, path: str | PathLike[str]) -> Exported:
+def export(
+    model: nn.Module,
+    inputs: Any,
+    path: str | PathLike[str],
+    *,
+    products: Iterable[Batch] | None = None,
+) -> Exported:
     """Write a network as an ONNX file with any batch size.
 
     Args:
@@ -66,6 +77,8 @@ def export(model: nn.Module, inputs: Any, path: str | PathLike[str]) -> Exported
         inputs: an example of what it takes: a tensor, a tuple of positional arguments or a dict of keywords;
             the first dim of every tensor is the batch.
         path: of the file; replaced whole or not at all.
+        products: batches on which ranges of the factors are measured that are both activations, as in
+            attention; these products then are of integers too. See :mod:`.products`.
 
     Returns:
         What was written.
@@ -85,10 +98,16 @@ def export(model: nn.Module, inputs: Any, path: str | PathLike[str]) -> Exported
     path = Path(path)
     twin, folded = deployable(model, inputs)
     _save(_traced(twin, inputs), path)
+    multiplied = [] if products is None else quantize_products(path, products)
     integer = [n for n, m in twin.named_modules() if isinstance(m, IntegerLayer) and m.before]
     real = [n.removesuffix(".layer") for n, m in twin.named_modules() if isinstance(m, _PRODUCTS)]
     return Exported(
-        path, path.stat().st_size, integer, [n for n in real if n not in integer], folded
+        path,
+        path.stat().st_size,
+        integer,
+        [n for n in real if n not in integer],
+        folded,
+        multiplied,
     )
 
 

@@ -60,13 +60,16 @@ class OnnxNetwork(nn.Module):
         path: the file.
         threads: of the runtime.
         optimized: also write the graph that the runtime ends up with to this file.
+        whole: execute the graph as it is written, without fusing operators.
 
     Raises:
         MissingDependency: ONNX Runtime is not installed.
         ExportFailed: the runtime does not take the file.
     """
 
-    def __init__(self, path: Path_, threads: int = 1, optimized: Path_ | None = None) -> None:
+    def __init__(
+        self, path: Path_, threads: int = 1, optimized: Path_ | None = None, whole: bool = False
+    ) -> None:
         super().__init__()
         _operators.require("onnxruntime")
         import onnxruntime
@@ -74,6 +77,8 @@ class OnnxNetwork(nn.Module):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
+        if whole:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
         try:
