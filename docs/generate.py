@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lilliput.core import registry
+from lilliput.core.notebook import Noted, notebook
 
 FOLDER = Path(__file__).parent / "methods"
 README = FOLDER.parents[1] / "README.md"
@@ -14,6 +15,7 @@ BEGIN, END = "<!-- methods, by docs/generate.py -->\n", "<!-- end of methods -->
 FAMILIES = {
     "distill": "learn from a teacher",
     "prune": "remove weights or channels",
+    "factorize": "products of thinner layers",
     "quantize": "fewer values",
     "grow": "start from an earlier network",
     "multitask": "several tasks in one network",
@@ -31,6 +33,7 @@ def main() -> None:
     before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
     text = before + BEGIN + overview(entries) + END + rest.partition(END)[2]
     README.write_text(text, encoding="utf-8")
+    (FOLDER.parent / "papers.md").write_text(papers(), encoding="utf-8")
     print(f"{len(entries)} pages in {FOLDER}")
 
 
@@ -49,6 +52,27 @@ def overview(entries: dict[str, registry.Entry]) -> str:
         links = [link(entry) for entry in entries.values() if entry.family == family]
         rows.append(f"| {family}: {meaning} | {' · '.join(links)} |")
     return "\n".join(rows) + "\n"
+
+
+def papers() -> str:
+    """The notebook's catalogue, as ``lilliput list --papers`` has it."""
+    rows = [
+        f"| {p.part} | {p.title} | {p.venue} {p.year or ''} | {', '.join(f'`{c}`' for c in p.code)} | "
+        f"{evidence(p)} |"
+        for p in notebook()
+    ]
+    head = ["| part | paper | where | implemented by | evidence |", "|---|---|---|---|---|"]
+    text = "The papers of the notebook that Lilliput grew from. Written by docs/generate.py."
+    return "\n".join(["# Papers", "", text, "", *head, *rows]) + "\n"
+
+
+def evidence(paper: Noted) -> str:
+    """Its paper test, and its benchmark's results where they have been committed."""
+    found = [f"[test](../tests/papers/test_{paper.test}.py)"] if paper.test else []
+    results = FOLDER.parents[1] / "benchmarks" / "results" / f"{paper.benchmark}.json"
+    if results.exists():
+        found.append(f"[rows](../benchmarks/results/{results.name})")
+    return ", ".join(found)
 
 
 def link(entry: registry.Entry) -> str:

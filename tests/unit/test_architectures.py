@@ -54,6 +54,24 @@ OTHERS = [
     ("speech_cnn", (63, 40), 9 * (32 + 32 * 64 + 64 * 128) + 2 * 224 + 129 * 10, (2, 10)),
 ]
 
+# The larger networks; test_compact_architectures.py counts them layer by layer and image by image.
+LARGER = {
+    "squeezenet_1_0": 1_248_424,
+    "squeezenet_1_1": 1_235_496,
+    "mobilenet_v1": 4_231_976,
+    "mobilenet_v2": 3_504_872,
+    "xception": 22_855_952,
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "wide_resnet": 36_479_194,
+    "alexnet": 60_965_224,
+    "alexnet_owt": 61_100_840,
+    "vgg16": 138_357_544,
+    "vgg16_cifar": 14_991_946,
+    "nin": 966_986,
+}
+
 
 def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
@@ -89,7 +107,7 @@ def test_counts(name: str, shape: tuple[int, ...], size: int, macs: int) -> None
 def test_every_shipped_architecture_is_counted_and_documents_its_count() -> None:
     shipped = {n: e for n, e in entries("architecture").items() if e.module.startswith("lilliput.")}
     counted = {name: size for name, _, size, _ in [*COUNTS, *OTHERS]}
-    counted["translator"] = 1_503_232
+    counted |= {"translator": 1_503_232} | LARGER
     assert set(shipped) == set(counted)
     for name, size in counted.items():
         assert f"{size:,}" in shipped[name].summary

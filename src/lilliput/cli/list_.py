@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from ..core import registry
+from ..core.notebook import Noted, notebook
 from ..core.registry import Entry
 from ._print import columns, print_json, print_text
 
@@ -24,6 +25,7 @@ def list_entries(
     kind: Literal["methods", "architectures", "tasks", "recipes"] | None = None,
     /,
     *,
+    papers: bool = False,
     json: bool = False,
 ) -> int:
     """List methods, architectures, tasks and recipes.
@@ -32,8 +34,11 @@ def list_entries(
 
     Args:
         kind: one of the four; by default all of them.
+        papers: list the papers of the notebook instead, each with what implements it and the evidence.
         json: print one JSON object: a list of entries for each kind.
     """
+    if papers:
+        return _list_papers(json)
     chosen = [kind] if kind else list(_PLURALS)
     found = {plural: list(registry.entries(_PLURALS[plural]).values()) for plural in chosen}
     if json:
@@ -41,6 +46,21 @@ def list_entries(
     else:
         print_text("\n\n".join(_table(plural, entries) for plural, entries in found.items()))
     return 0
+
+
+def _list_papers(json: bool) -> int:
+    found = notebook()
+    if json:
+        print_json({"papers": [asdict(paper) for paper in found]})
+        return 0
+    head = ("part", "paper", "where", "implemented by", "paper test", "benchmark")
+    rows = [(p.part, p.title, _where(p), ", ".join(p.code), p.test, p.benchmark) for p in found]
+    print_text(columns([head, *rows]))
+    return 0
+
+
+def _where(paper: Noted) -> str:
+    return f"{paper.venue} {paper.year or ''}".strip()
 
 
 def as_dict(entry: Entry) -> dict[str, Any]:

@@ -98,7 +98,9 @@ class ModelSettings(Settings):
     """Which network.
 
     Attributes:
-        architecture: a registered architecture's name.
+        architecture: a registered architecture's name; or where that package is installed ``timm:NAME``,
+            ``torchvision:NAME`` or ``hf:NAME``, with random weights unless the argument ``pretrained``
+            is true.
         build: ``package.module:function`` that returns a module.
         arguments: keyword arguments for either.
         weights: a ``.safetensors``, or a ``torch.save`` file that ``weights_only`` can read, from

@@ -126,7 +126,17 @@ def find(kind: str, name: str) -> Entry:
 
 
 def load(kind: str, name: str) -> Any:
-    """Import what is registered under that name."""
+    """Import what is registered under that name.
+
+    An architecture may also be one of another package, ``timm:resnet18``; see
+    :mod:`lilliput.architectures._zoo`.
+
+    Raises:
+        UnknownName: no entry has it; the message names the nearest.
+        MissingDependency: the other package is not installed.
+    """
+    if kind == "architecture" and ":" in name:
+        return importlib.import_module("lilliput.architectures._zoo").builder(name)
     return find(kind, name).load()
 
 

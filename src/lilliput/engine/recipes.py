@@ -91,14 +91,12 @@ def validate(content: Any, where: str = "recipe") -> Recipe:
 def _checks(recipe: Recipe) -> Iterator[tuple[Place, Callable[[], Any]]]:
     """What can be checked without building anything, and where it stands."""
     yield ("task",), partial(_check_reference, "task", recipe.task.name)
-    named = recipe.model.architecture or recipe.model.build or ""
-    yield ("model",), partial(_check_reference, "architecture", named)
+    yield ("model",), partial(_check_network, recipe.model)
     for number, stage in enumerate(recipe.stages):
         place = ("stages", number, "train", "optimizer")
         yield place, partial(optimizer_class, stage.train.optimizer)
         if isinstance(stage.model, ModelSettings):
-            named = stage.model.architecture or stage.model.build or ""
-            yield ("stages", number, "model"), partial(_check_reference, "architecture", named)
+            yield ("stages", number, "model"), partial(_check_network, stage.model)
     yield ("artifact", "codec"), partial(check_codec, recipe.artifact.codec)
     yield ("device",), partial(distributed.device_of, recipe.device)
     for name, condition in recipe.expect.items():
@@ -109,6 +107,14 @@ def _check_reference(kind: str, name: str) -> None:
     """A registered name must exist; ``package.module:function`` is imported only when it is built."""
     if ":" not in name:
         registry.find(kind, name)
+
+
+def _check_network(settings: ModelSettings) -> None:
+    """An architecture must exist, here or in the package that it names; nothing else is imported."""
+    if settings.architecture is not None and ":" in settings.architecture:
+        registry.load("architecture", settings.architecture)
+    elif settings.architecture is not None:
+        registry.find("architecture", settings.architecture)
 
 
 def build_job(recipe: Recipe) -> Job:
