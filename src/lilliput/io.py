@@ -35,17 +35,19 @@ from .mechanisms.encodings import (
     Binary,
     Codebook,
     IntegerGrid,
+    LowRank,
     StepGrid,
     encode,
     encoding_of,
     original_of,
 )
+from .mechanisms.factors import factorize_as, factors_of
 from .mechanisms.packing import fit, set_pack, settled
 from .mechanisms.surgery import Plan, apply_plan, checked_plan, transaction
 
 Path_ = str | PathLike[str]
-#: Before the name of a tensor: the scales of its filters.
-_SCALES = "scales/"
+#: Before the name of a tensor: the scales of its filters; the factors of which it is the product.
+_SCALES, _LEFT, _RIGHT = "scales/", "left/", "right/"
 
 
 def save(
@@ -82,6 +84,8 @@ def save(
     state = effective_state(model)
     plan, tied, pack = checked_plan(model), tied_names(state), settled(model, state)
     structure = dict(getattr(model, "lilliput_origin", {}))
+    if chains := factors_of(model):
+        structure["factors"] = chains
     if plan is not None:
         structure["plan"] = plan.as_dict()
     if tied:
@@ -136,6 +140,7 @@ def load(
         state, pack = packed.opened(_state(file), structure.get("tasks"), path, task)
         steps = _steps(file)
     with transaction(target):
+        factorize_as(target, structure.get("factors", {}))
         replace_activations(target, structure.get("activations", {}))
         set_pack(target, None)
         if pack is not None:
@@ -144,6 +149,7 @@ def load(
         set_pack(target, pack)
         for weight, bits, step in _gridded(target, steps):
             encode(weight, StepGrid(bits, step))
+        _put_factors(target, state)
     return target.eval()
 
 
@@ -151,6 +157,7 @@ def parts(model: nn.Module) -> dict[str, np.ndarray | Coded | BFloat16]:
     """The effective tensors of a model as the artifact stores them, codes where there are any."""
     coded: dict[str, Coded] = {}
     scales: dict[str, np.ndarray | BFloat16] = {}
+    products: set[str] = set()
     for weight in weights(model):
         codebook = encoding_of(weight, Codebook)
         if codebook is not None:
@@ -165,8 +172,22 @@ def parts(model: nn.Module) -> dict[str, np.ndarray | Coded | BFloat16]:
             coded[weight.name] = _few_values(weight.value.detach() / scale)
             if binary.by_filter:
                 scales[f"{_SCALES}{weight.name}"] = _to_numpy(scale.flatten())
-    state = effective_state(model).items()
+        elif (pair := _factors_in(weight)) is not None:
+            products.add(weight.name)
+            for side, factor in zip((_LEFT, _RIGHT), pair, strict=True):
+                scales[f"{side}{weight.name}"] = _to_numpy(factor)
+    state = {n: t for n, t in effective_state(model).items() if n not in products}.items()
     return {name: coded.get(name) or _to_numpy(tensor) for name, tensor in state} | scales
+
+
+def _factors_in(weight: Weight) -> tuple[Tensor, Tensor] | None:
+    """The factors of which a weight is the product; None also where a mask around it zeroes entries."""
+    encoding = encoding_of(weight, LowRank)
+    if encoding is None:
+        return None
+    original = original_of(weight).detach()
+    same = torch.equal(encoding(original), weight.value.detach())
+    return encoding.factors(original) if same else None
 
 
 def _scale_of(weight: Weight, binary: Binary) -> Tensor:
@@ -305,14 +326,55 @@ def _build(structure: dict[str, Any], path: Path_) -> nn.Module:
             f"{path} does not say which network it holds, since that was not built by a registered "
             "architecture: give an instance to fill, load(path, model=YourNetwork())."
         )
-    model: nn.Module = registry.load("architecture", structure["architecture"])(
-        **structure["arguments"]
-    )
+    named, arguments = structure["architecture"], structure["arguments"]
+    if ":" in named:  # another package's: the weights are in the file, and none are fetched for it
+        arguments = arguments | {"pretrained": False}
+    model: nn.Module = registry.load("architecture", named)(**arguments)
     return model
 
 
 def _structure(file: artifact.Artifact) -> dict[str, Any]:
     return file.structure if isinstance(file.structure, dict) else {}
+
+
+def _multiplied(state: dict[str, Tensor], own: dict[str, Tensor], path: Path_) -> dict[str, Tensor]:
+    """The tensors with products in the place of factors, none larger than the model's own.
+
+    Raises:
+        CorruptArtifact: a factor is without the other, or the tensor is there too.
+        ModelMismatch: the product has another shape than the model's tensor.
+    """
+    sides = (
+        {n.removeprefix(s): t for n, t in state.items() if n.startswith(s)} for s in (_LEFT, _RIGHT)
+    )
+    left, right = sides
+    sound = left.keys() == right.keys() and not left.keys() & state.keys()
+    if not sound or any(
+        t.ndim != 2 or right[n].ndim != 2 or t.shape[1] != len(right[n]) for n, t in left.items()
+    ):
+        raise CorruptArtifact(
+            f"{path}: the factors of {', '.join(sorted(left | right))!r:.80} do not fit each other. Get the "
+            "file again from its source, or save the model again."
+        )
+    found = {n: t for n, t in state.items() if not n.startswith((_LEFT, _RIGHT))}
+    for name, factor in left.items():
+        shape = (len(factor), right[name].shape[1])
+        if name not in own or own[name].shape != shape:
+            raise ModelMismatch(
+                f"{path} does not fit: {name} is {shape[0]} x {shape[1]} in the file, and not in the model."
+            )
+        found[name] = factor @ right[name]
+    return found
+
+
+def _put_factors(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Let weights of a filled network be products again, of the factors that the file has."""
+    known = {f"{_LEFT}{weight.name}": weight for weight in weights(model)}
+    for name in [name for name in state if name in known]:
+        weight, left = known[name], state[name]
+        right = state[f"{_RIGHT}{weight.name}"]
+        encode(weight, LowRank(left.shape[1], len(left), right.shape[1]))
+        original_of(weight).data.copy_(torch.cat([left.T, right], dim=1))
 
 
 def _thin_and_fill(model: nn.Module, plan: Any, state: dict[str, Tensor], path: Path_) -> None:
@@ -333,6 +395,7 @@ def _thin_and_fill(model: nn.Module, plan: Any, state: dict[str, Tensor], path: 
 def _fill(model: nn.Module, state: dict[str, Tensor], path: Path_) -> None:
     """Load a state, after checking all of it, so that a model is filled whole or not at all."""
     own = model.state_dict()
+    state = _multiplied(state, own, path)
     missing, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or foreign:
         raise ModelMismatch(
@@ -353,13 +416,13 @@ def _fill(model: nn.Module, state: dict[str, Tensor], path: Path_) -> None:
     model.load_state_dict(state)
 
 
-def _read_safetensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    """The plan and the tensors of an artifact; of any other safetensors file there is no plan."""
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Structure and tensors of an artifact; of any other safetensors file there is no structure."""
     try:
         with artifact.open(path) as file:
-            return _structure(file).get("plan"), _state(file)
+            return _structure(file), _state(file)
     except UnsupportedArtifact:
-        return None, safetensors.torch.load_file(path)
+        return {}, safetensors.torch.load_file(path)
 
 
 def load_weights(model: nn.Module, path: Path_) -> nn.Module:
@@ -376,7 +439,10 @@ def load_weights(model: nn.Module, path: Path_) -> nn.Module:
     if not path.exists():
         raise InputError(f"there is no file {path} to take weights from.")
     if path.suffix == ".safetensors":
-        _thin_and_fill(model, *_read_safetensors(path), path)
+        structure, state = _read_safetensors(path)
+        with transaction(model):
+            factorize_as(model, structure.get("factors", {}))
+            _thin_and_fill(model, structure.get("plan"), state, path)
         return model
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -197,6 +197,23 @@ def test_a_sum_that_nobody_but_a_function_makes_has_no_place() -> None:
     assert found(nn.Sequential(plain, nn.Linear(8, 2))).sums == {}  # no convolution made it
 
 
+def test_who_read_a_tensor_before_a_sum_in_place_does_not_read_the_sum() -> None:
+    def run(n: Any, x: Tensor) -> Tensor:
+        y: Tensor = n.a(x)
+        y += n.b(y)
+        return y
+
+    net = nn.Sequential(Net(run, a=conv(), b=conv()), conv())
+    assert found(net).sums == {"0": ("1",)}
+
+
+@pytest.mark.xfail(strict=True, reason="a constant counts as something else that is added")
+def test_a_constant_makes_no_sum() -> None:
+    """The gate of a hard swish."""
+    net = Net(lambda n, x: n.gate(n.a(x) + 3.0) / 6.0, a=conv(), gate=nn.ReLU6())
+    assert found(net).sums == {}
+
+
 def test_one_rectifier_for_several_layers_is_no_place() -> None:
     net = Net(lambda n, x: n.relu(n.b(n.relu(n.a(x)))).mean(), a=conv(), b=conv(), relu=nn.ReLU())
     assert flow(net, "a") == Flow(None, ("b",), True, 0.0, INF, "a", (0.0, INF))

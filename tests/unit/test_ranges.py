@@ -28,7 +28,7 @@ from lilliput.mechanisms.ranges import (
 ANY = (-math.inf, math.inf)
 WAYS: tuple[Any, ...] = ("minmax", "percentile", "mse", "entropy")
 HOW: tuple[Any, ...] = ("max", "mse")
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=30, deadline=None)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -219,18 +219,18 @@ def test_steps_by_hand() -> None:
     torch.testing.assert_close(steps_of(rows, 2, "max"), torch.tensor([1.27, 1.0, 254.0]))
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_best_step_by_search(bits: int) -> None:
-    rows = drawn(6, 200)
-    found = steps_of(rows, bits, "mse")
+    """In steps of a thousandth; few weights, so that the error has many dips."""
+    rows = drawn(40, 20)
     largest = rows.abs().amax(1) / (2 ** (bits - 1) - 1)
 
     def error(steps: Tensor) -> Tensor:
         return (integers_of(rows, steps, bits) * steps[:, None] - rows).square().sum(1)
 
     best = torch.stack([error(largest * n / 1000) for n in range(300, 1001)]).amin(0)
-    assert (error(found) <= 1.01 * best).all()
-    assert (error(found) < 0.9 * error(largest)).all()
+    assert float((error(steps_of(rows, bits, "mse")) / best).mean()) < 1.01
+    assert float((error(largest) / best).mean()) > 1.1
 
 
 @pytest.mark.xfail(strict=True, reason="a step of denormal weights underflows to 0; 0 / 0 is NaN")

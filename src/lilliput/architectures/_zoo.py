@@ -79,9 +79,9 @@ def builder(reference: str) -> Callable[..., nn.Module]:
         builder("hf:vit")(head="ImageClassification", num_labels=10, image_size=32, patch_size=4)
     """
     collection, _, name = reference.partition(":")
-    if collection not in _COLLECTIONS:
-        raise UnknownName("collection of networks", collection, _COLLECTIONS)
-    make = _COLLECTIONS[collection](name)
+    if collection not in COLLECTIONS:
+        raise UnknownName("collection of networks", collection, COLLECTIONS)
+    make = COLLECTIONS[collection](name)
 
     def build(pretrained: bool = False, **arguments: Any) -> nn.Module:
         _refuse(reference, arguments)
@@ -255,7 +255,7 @@ def _config(
     return make(**settings) if settings else plain
 
 
-_COLLECTIONS: dict[str, Callable[[str], Make]] = {
+COLLECTIONS: dict[str, Callable[[str], Make]] = {
     "timm": _timm,
     "torchvision": _torchvision,
     "hf": _hf,

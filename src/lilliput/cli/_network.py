@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import artifact, io
+from ..architectures._zoo import COLLECTIONS
 from ..core.recipe import ModelSettings, TaskSettings
 from ..core.task import Task
 from ..engine.recipes import build_model
@@ -26,7 +27,8 @@ def network_of(
     path = Path(reference)
     if path.suffix in (".safetensors", ".llp") or path.is_file():
         return _from_file(path, weights, verb)
-    kind = "build" if ":" in reference else "architecture"
+    collection, colon, _ = reference.partition(":")
+    kind = "build" if colon and collection not in COLLECTIONS else "architecture"
     settings = {kind: reference, "weights": None if weights is None else str(weights)}
     return build_model(ModelSettings.model_validate(settings)), None
 

@@ -47,7 +47,7 @@ def export(
     Without a task there is no score.
 
     Args:
-        model: a compressed file, an architecture's name, or package.module:function.
+        model: a compressed file, an architecture's name, timm:NAME and the like, or package.module:function.
         out: the file to write, for example model.onnx.
         to: the kind of file.
         task: a task's name or package.module:function; by default the one that a compressed file names.

@@ -42,7 +42,7 @@ def profile(
     The energy is an estimate. Without a task and without an input only the size is counted.
 
     Args:
-        model: an architecture's name, package.module:function, or a compressed file.
+        model: an architecture's name, timm:NAME and the like, package.module:function, or a compressed file.
         task: a task's name or package.module:function; its first sample is the input.
         input_: shape of a random input instead, for example 1,3,224,224.
         weights: a file to fill the network from.

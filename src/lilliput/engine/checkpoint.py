@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CorruptArtifact, RunError
-from ..mechanisms.activations import replace_activations, replaced_activations
 from ..mechanisms.encodings import bake, describe, rebuild
 from ..mechanisms.packing import Pack, fit, pack_of, set_pack
-from ..mechanisms.surgery import Plan, apply_plan, checked_plan
+from ..mechanisms.structure import apply_structure, structure_of
 
 _KEY = "lilliput.checkpoint"
 
@@ -112,16 +111,15 @@ def _put_together(node: Any, tensor: Callable[[str], Tensor]) -> Any:
 
 
 def model_tree(model: nn.Module) -> dict[str, Any]:
-    """All of a model that training may change: channels, modules, tensors, encodings, tasks, dropout.
+    """All of a model that training may change: structure, tensors, encodings, tasks, dropout.
 
     Raises:
         ModelMismatch: a part of it was cut on its own, so that the tree could not be loaded.
     """
-    plan, pack = checked_plan(model), pack_of(model)
+    pack = pack_of(model)
     return {
-        "plan": None if plan is None else plan.as_dict(),
+        **structure_of(model),
         "tensors": model.state_dict(),
-        "activations": replaced_activations(model),
         "encodings": describe(model),
         "pack": None if pack is None else pack.as_tree(),
         "dropout": {name: module.p for name, module in _dropouts(model)},
@@ -133,12 +131,10 @@ def load_model_tree(
 ) -> None:
     """Put a model of the same class, with or without encodings, into the state of a tree.
 
-    It may have channels and modules that the tree has not; they are cut out, and an optimizer forgets
-    the parameters that go.
+    It may have channels, modules and whole layers that the tree has not; they are cut out, and an
+    optimizer forgets the parameters that go.
     """
-    replace_activations(model, tree["activations"])
-    if tree["plan"] is not None:
-        apply_plan(model, Plan.from_dict(tree["plan"]), optimizer)
+    apply_structure(model, tree, optimizer)
     encoded = describe(model) == tree["encodings"]
     if not encoded:
         bake(model)

@@ -1,4 +1,4 @@
-"""How a weight is stored while it trains: masked, of shared values, on a grid, partly held, or left out.
+"""How a weight is stored while it trains: masked, of shared values, on a grid, of low rank, partly held.
 
 An encoding is a torch parametrization: the layer keeps its attribute ``weight``, every other part of
 torch sees an ordinary tensor, and what trains is the encoding's original. Encodings stack: whatever
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..core.select import Weight, weights
-from ..errors import UnknownName
+from ..errors import InputError, SurgeryFailed, UnknownName
 from . import clustering
 
 E = TypeVar("E", bound="Encoding")
@@ -392,6 +392,58 @@ def slowed(step: Tensor, values: int) -> Tensor:
     return step.detach() + (slow - slow.detach())
 
 
+class LowRank(Encoding):
+    """A product of two thin matrices, which train together as one tensor.
+
+    For matrices that no two layers can stand for, those of recurrent layers. What trains is ``(rank, rows +
+    columns)``, the left factor transposed and beside it the right one; at the beginning the nearest matrix
+    of that rank (singular value decomposition), each component shared equally between both.
+
+    The surprising rule: it lies under masks only. Whatever else says which values there are would undo it.
+
+    Args:
+        rank: of the product.
+        rows: of the matrix.
+        columns: of the matrix.
+    """
+
+    kind = "low_rank"
+
+    def __init__(self, rank: int, rows: int, columns: int) -> None:
+        super().__init__()
+        self.rank, self.rows, self.columns = rank, rows, columns
+
+    def settings(self) -> dict[str, Any]:
+        """The rank."""
+        return {"rank": self.rank}
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """Both factors, from a matrix."""
+        if value.shape != (self.rows, self.columns):
+            raise SurgeryFailed(
+                f"a {self.rows} x {self.columns} matrix is a product of rank {self.rank}: it cannot be cut "
+                f"to {' x '.join(map(str, value.shape))}. Remove channels first, and factorize then."
+            )
+        left, size, right = torch.linalg.svd(value.detach().double(), full_matrices=False)
+        root = size[: self.rank].sqrt()
+        both = torch.cat([left[:, : self.rank] * root, right[: self.rank].T * root])
+        return both.T.contiguous().to(value)
+
+    def shape_of(self, original: Tensor) -> torch.Size:
+        """That of the product."""
+        return torch.Size((self.rows, self.columns))
+
+    def factors(self, original: Tensor) -> tuple[Tensor, Tensor]:
+        """The left one ``(rows, rank)`` and the right one ``(rank, columns)``."""
+        return original[:, : self.rows].T, original[:, self.rows :]
+
+    def forward(self, original: Tensor) -> Tensor:
+        """The effective weight."""
+        left, right = self.factors(original)
+        product: Tensor = left @ right
+        return product
+
+
 class Held(Encoding):
     """Some entries are held at given values, and only the others train.
 
@@ -484,12 +536,22 @@ _ORDER = "_lilliput_parameter_order"
 
 KINDS: dict[str, type[Encoding]] = {
     cls.kind: cls
-    for cls in (Mask, Codebook, Binary, IntegerGrid, StepGrid, Held, Threshold, LeftOut)
+    for cls in (Mask, Codebook, Binary, IntegerGrid, StepGrid, LowRank, Held, Threshold, LeftOut)
 }
 
 
 def encode(weight: Weight, encoding: Encoding) -> None:
-    """Put an encoding on a weight, at its place in the stack; one of the same kind is replaced."""
+    """Put an encoding on a weight, at its place in the stack; one of the same kind is replaced.
+
+    Raises:
+        InputError: the weight is a product of factors, over which this encoding cannot lie.
+    """
+    outer = encoding.depth >= Mask.depth and getattr(encoding, "policy", "hard") == "hard"
+    if not outer and not isinstance(encoding, LowRank) and encoding_of(weight, LowRank) is not None:
+        raise InputError(
+            f"{weight.name} is a product of two factors, and {encoding.kind} would undo it: leave it out "
+            f"with layers: '!{weight.layer}', or do not factorize it."
+        )
     _restack(weight, [*_without(weight, encoding.kind), encoding])
 
 
@@ -650,6 +712,8 @@ def _empty(weight: Weight, settings: dict[str, Any]) -> Encoding:
         return IntegerGrid(**settings)
     if kind == "step_grid":
         return StepGrid(step=like.new_ones(len(like), *[1] * (like.ndim - 1)), **settings)
+    if kind == "low_rank":
+        return LowRank(rows=like.shape[0], columns=like.shape[1], **settings)
     if kind == "held":
         return Held(torch.ones_like(like, dtype=torch.bool), like)
     if kind == "threshold":

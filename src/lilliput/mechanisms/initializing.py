@@ -16,7 +16,7 @@ from ..core import registry
 from ..core.select import weights
 from ..errors import InputError
 from .encodings import Encoding
-from .surgery import apply_plan, plan_of
+from .structure import apply_structure, structure_of
 
 
 def refuse_encoded(model: nn.Module, by: str) -> None:
@@ -73,9 +73,7 @@ def draw_fresh_weights(model: nn.Module, seed: int) -> None:
 def _built_anew(model: nn.Module, origin: dict[str, Any]) -> nn.Module:
     build = registry.load("architecture", origin["architecture"])
     fresh: nn.Module = build(**origin["arguments"])
-    plan = plan_of(model)
-    if plan is not None:
-        apply_plan(fresh, plan)
+    apply_structure(fresh, structure_of(model))
     return fresh
 
 

@@ -33,9 +33,8 @@ from ..engine.outcome import Result
 from ..engine.progress import Watcher
 from ..engine.recipes import load_recipe, to_yaml, validate
 from ..errors import LilliputError, NothingMatched, RecipeError
-from ..mechanisms.activations import replace_activations, replaced_activations
 from ..mechanisms.encodings import describe, rebuild
-from ..mechanisms.surgery import apply_plan, plan_of
+from ..mechanisms.structure import apply_structure, structure_of
 from .examples import registered_examples
 from .networks import CLASSES, NETWORKS, TinyNetwork, networks_for
 
@@ -232,10 +231,7 @@ class MethodContract:
         def look(run: Run) -> None:
             expected = _logits(run.model, inputs)
             rebuilt = trial.fresh()
-            replace_activations(rebuilt, replaced_activations(run.model))
-            plan = plan_of(run.model)
-            if plan is not None:
-                apply_plan(rebuilt, plan)
+            apply_structure(rebuilt, structure_of(run.model))
             rebuild(rebuilt, describe(run.model))
             rebuilt.load_state_dict(run.model.state_dict())
             copied = copy.deepcopy(run.model)
