@@ -122,12 +122,7 @@ LIMITED: tuple[Any, ...] = (
     lambda n, x: F.relu6(n.a(x)).mean() + n.b(n.norm(x)),
     lambda n, x: n.b(n.norm(n.a(n.a(x).relu())).clamp_max(0.3)),
     two_ways,
-    pytest.param(
-        shared_norm,
-        marks=pytest.mark.xfail(
-            strict=True, reason="limits of a normalization that other layers use without them"
-        ),
-    ),
+    shared_norm,
 )
 
 
@@ -207,7 +202,6 @@ def test_who_read_a_tensor_before_a_sum_in_place_does_not_read_the_sum() -> None
     assert found(net).sums == {"0": ("1",)}
 
 
-@pytest.mark.xfail(strict=True, reason="a constant counts as something else that is added")
 def test_a_constant_makes_no_sum() -> None:
     """The gate of a hard swish."""
     net = Net(lambda n, x: n.gate(n.a(x) + 3.0) / 6.0, a=conv(), gate=nn.ReLU6())
@@ -267,7 +261,6 @@ def test_a_normalization_is_not_the_layers_where_others_read_it_too(norm_first: 
     assert result.place == "a"
 
 
-@pytest.mark.xfail(strict=True, reason="the second normalization is taken for the layer's own")
 def test_two_normalizations_are_neither_of_them_the_layers() -> None:
     def run(n: Any, x: Tensor) -> Tensor:
         y = n.a(x)
@@ -278,7 +271,6 @@ def test_two_normalizations_are_neither_of_them_the_layers() -> None:
     assert flow(net).norm is None
 
 
-@pytest.mark.xfail(strict=True, reason="the only input is looked for among positional ones")
 def test_a_layer_that_is_called_by_keyword() -> None:
     net = Net(lambda n, x: n.b(input=n.a(x).relu()), a=conv(), b=conv())
     assert flow(net) == Flow(None, ("b",), True, 0.0, INF, "a", (0.0, INF))

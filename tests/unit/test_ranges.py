@@ -100,7 +100,7 @@ def test_entropy_cuts_outliers_off(bits: int, rectified: bool) -> None:
     x = torch.cat([drawn(50_000), torch.tensor([40.0, -40.0])])
     x = x.abs() if rectified else x
     low, high = range_of(seen(x), "entropy", bits)
-    assert low == (0.0 if rectified else -high)
+    assert low == 0.0 if rectified else 1.5 < -low < 6.0
     assert 1.5 < high < 6.0
 
 
@@ -233,7 +233,6 @@ def test_the_best_step_by_search(bits: int) -> None:
     assert float((error(largest) / best).mean()) > 1.1
 
 
-@pytest.mark.xfail(strict=True, reason="a step of denormal weights underflows to 0; 0 / 0 is NaN")
 def test_steps_of_weights_that_have_nearly_decayed() -> None:
     rows = torch.tensor([[1e-44, 0.0]])
     for how in HOW:

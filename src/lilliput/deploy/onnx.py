@@ -14,7 +14,7 @@ The surprising rule: a runtime is free to leave a layer in float, and says nothi
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..core.select import weights
@@ -204,21 +206,61 @@ class IntegerLayer(nn.Module):
         if before is not None and bias is not None and not linear:
             self.register_buffer("bias_steps", steps * unit)
             self.register_buffer("bias", (bias.detach() / (steps * unit)).round().to(torch.int32))
-        layer.weight, layer.bias = None, None
+        for name in ("weight", "bias"):
+            del layer._parameters[name]
+            setattr(layer, name, None)  # an ordinary attribute from now on
 
     def forward(self, inputs: Tensor) -> Tensor:
         """What the layer computes, in the operators that runtimes look for."""
-        inputs = inputs if self.before is None else self.before(inputs)
         weight = torch.ops.lilliput.stored(self.integers, self.steps, self.axis)
         bias: Any = self.bias
         if bias is not None and bias.dtype == torch.int32:
             bias = torch.ops.lilliput.stored(bias, self.bias_steps, 0)
-        if self.axis:
-            output = _product(inputs, weight, bias)
+        if not _plain(self.layer):
+            output = self._as_it_says(inputs, weight, bias)
+        elif self.axis:
+            output = _product(self._quantized(inputs), weight, bias)
         else:
-            output = self.layer._conv_forward(inputs, weight, bias)
+            output = self.layer._conv_forward(self._quantized(inputs), weight, bias)
         found: Tensor = output if self.behind is None else self.behind(output)
         return found
+
+    def _quantized(self, inputs: Tensor) -> Tensor:
+        return inputs if self.before is None else self.before(inputs)
+
+    def _as_it_says(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        """The layer's own code, which pads by itself, for example.
+
+        Its inputs become integers twice, to no effect: for the layer before it, and for its product.
+        """
+        layer = self.layer
+        layer.weight, layer.bias = weight.T if self.axis else weight, bias
+        try:
+            with _Before(self._quantized):
+                return type(layer).forward(layer, self._quantized(inputs))
+        finally:
+            layer.weight = layer.bias = None
+
+
+class _Before(TorchFunctionMode):
+    """Does something to the inputs of products."""
+
+    def __init__(self, prepare: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.prepare = prepare
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (F.conv1d, F.conv2d, F.conv3d, F.linear):
+            args = (self.prepare(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def _plain(layer: Any) -> bool:
+    """Whether a layer computes what its kind does, and nothing beside."""
+    kind: Any = next(k for k in type(layer).__mro__ if k.__module__.startswith("torch.nn."))
+    return bool(type(layer).forward is kind.forward)
 
 
 def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ that they are there.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -193,7 +194,9 @@ class Quantizer(Activation):
         self, bits: int = 8, step: float = 1.0, zero: int = 0, learned: bool = False
     ) -> None:
         super().__init__()
-        self.bits, self.learned = bits, learned
+        if type(bits) is not int or not 2 <= bits <= 8:
+            raise InputError(f"a quantizer has 2 to 8 bits, not {bits!r}.")
+        self.bits, self.learned = bits, bool(learned)
         if learned:
             self.step = nn.Parameter(torch.tensor(float(step)))
         else:
@@ -250,7 +253,7 @@ def replace_activation(model: nn.Module, place: str, activation: Activation) -> 
     if side == "input":
         module.register_module(_BEFORE, activation)
         if _quantize_input not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_quantize_input)
+            module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
     elif side == "output":
         module.register_module(_BEHIND, activation)
         if _quantize_output not in module._forward_hooks.values():
@@ -297,8 +300,33 @@ def remove_quantizer(model: nn.Module, place: str) -> None:
 # Hooks are functions of this module, so that copies and pickles of a network keep them.
 
 
-def _quantize_input(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return module.input_quantizer(inputs[0]), *inputs[1:]
+def _quantize_input(
+    module: Any, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if inputs:
+        return (module.input_quantizer(inputs[0]), *inputs[1:]), named
+    first = next(iter(named))
+    return inputs, named | {first: module.input_quantizer(named[first])}
+
+
+def check_quantizers(described: Any, state: dict[str, Tensor]) -> None:
+    """Refuse tensors of quantizers that cannot be, before any network takes them in.
+
+    Raises:
+        CorruptArtifact: a step is not positive and finite, or a zero is none of the integers.
+    """
+    for place, settings in described.items() if isinstance(described, dict) else ():
+        name, _, side = place.partition(":")
+        part = {"input": _BEFORE, "output": _BEHIND}.get(side)
+        step, zero = (state.get(f"{name}.{part}.{leaf}".lstrip(".")) for leaf in ("step", "zero"))
+        if part is None or step is None or zero is None:
+            continue  # not a quantizer, or what is missing is told with all that is
+        highest = 2 ** settings["bits"] - 1 if isinstance(settings.get("bits"), int) else 255
+        possible = step.numel() == zero.numel() == 1 and 0.0 < float(step) < math.inf
+        if not possible or not 0 <= int(zero) <= highest:
+            raise CorruptArtifact(
+                f"what the file says of the quantizer {place!r:.80} cannot be. Get it again from its source."
+            )
 
 
 def _quantize_output(module: Any, inputs: Any, output: Any) -> Any:
@@ -336,7 +364,7 @@ def replace_activations(model: nn.Module, described: Any) -> None:
             kind = KINDS[settings["kind"]]
             made = kind(**{k: v for k, v in settings.items() if k != "kind"})
             replace_activation(model, name, made)
-        except (KeyError, TypeError, AttributeError, InputError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
             raise CorruptArtifact(
                 f"what the file says of the activation {name!r:.80} cannot be: {settings!r:.80} "
                 f"({error}). Get it again from its source, or give the network that it was made from."

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,6 +32,12 @@ _PASSING = frozenset({
     "_reshape_alias", "native_dropout", "feature_dropout", "split", "chunk", "pixel_shuffle",
     "channel_shuffle",
 })  # fmt: skip
+#: Those of them after which channels may be elsewhere.
+_MOVING = _PASSING - {
+    "clone", "detach", "alias", "contiguous", "_to_copy", "max_pool2d", "max_pool2d_with_indices",
+    "max_pool1d", "max_pool3d_with_indices", "mkldnn_max_pool2d", "dropout", "native_dropout",
+    "feature_dropout",
+}  # fmt: skip
 _CONVOLUTIONS = nn.modules.conv._ConvNd
 
 
@@ -47,7 +53,9 @@ class Flow:
         high: 6 where all of them come behind a ReLU6.
         place: the module behind which it is what all readers see; where there is none, the normalization or
             the layer itself.
-        limits: to what readers clip what comes from that place.
+        limits: to what readers clip what comes from that place, of this layer and of others that share it.
+        in_place: whether every channel still is where it was, for all readers.
+        calls: of the layer, in one pass.
     """
 
     norm: str | None = None
@@ -57,6 +65,8 @@ class Flow:
     high: float = -math.inf
     place: str = ""
     limits: tuple[float, float] = (-math.inf, math.inf)
+    in_place: bool = field(default=True, compare=False)
+    calls: int = field(default=0, compare=False)
 
 
 @dataclass
@@ -80,6 +90,7 @@ class _Way(NamedTuple):
     low: float = -math.inf
     high: float = math.inf
     normalized: bool = False
+    moved: bool = False
 
 
 @torch.no_grad()
@@ -126,7 +137,8 @@ class _Watch(TorchDispatchMode):
     def __enter__(self) -> _Watch:
         for name, module in self.model.named_modules():
             enter, leave = partial(self._enter, name), partial(self._leave, name)
-            self._handles.append(module.register_forward_pre_hook(enter, prepend=True))
+            enters = module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+            self._handles.append(enters)
             self._handles.append(module.register_forward_hook(leave))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -136,11 +148,11 @@ class _Watch(TorchDispatchMode):
         for handle in self._handles:
             handle.remove()
 
-    def _enter(self, name: str, module: nn.Module, inputs: Any) -> None:
+    def _enter(self, name: str, module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
         self._running.append(name)
         self._calls[name] += 1
         if name in self.layers:
-            self._met[id(inputs[0])].add(name)
+            self._met[id(next(iter((*inputs, *named.values()))))].add(name)
 
     def _leave(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self._running.pop()
@@ -162,7 +174,8 @@ class _Watch(TorchDispatchMode):
         if name.endswith("_"):  # in place: that tensor is another one now
             self._forget(args[0])
         if ways or summed:
-            self._see(name, args, ways, summed, output)
+            whole = sum(isinstance(output, Tensor) and t.shape == output.shape for t in tensors)
+            self._see(name, args, ways, summed, output, whole)
         return output
 
     def _seen(self, tensor: Tensor) -> tuple[_Way, tuple[int, tuple[str, ...]]]:
@@ -177,7 +190,9 @@ class _Watch(TorchDispatchMode):
 
     # -- who reads what ---------------------------------------------------------------------------------
 
-    def _see(self, operator: str, args: Any, ways: list[Any], summed: bool, output: Any) -> None:
+    def _see(
+        self, operator: str, args: Any, ways: list[Any], summed: bool, output: Any, whole: int
+    ) -> None:
         outputs = [id(t) for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
         within = next((name for name in reversed(self._running) if name in self.layers), None)
         after = None
@@ -189,9 +204,8 @@ class _Watch(TorchDispatchMode):
         for way, origin in ways:
             self._book(way, origin, within)
         passing = operator in _PASSING or _limits(operator, args) is not None
-        if within is None and (
-            self._is_sum(operator, [way for way, _ in ways]) or (summed and passing)
-        ):
+        added = whole > 1 and self._is_sum(operator, [way for way, _ in ways])
+        if within is None and (added or (summed and passing)):
             self._sums |= set(outputs)
 
     def _is_sum(self, operator: str, ways: list[_Way]) -> bool:
@@ -202,6 +216,7 @@ class _Watch(TorchDispatchMode):
         """A reader of a layer's output: a layer of the list or anything else."""
         flow = self.found[way.layer]
         flow.low, flow.high = min(flow.low, way.low), max(flow.high, way.high)
+        flow.in_place = flow.in_place and not way.moved
         self._read[way.layer].add(origin)
         if reader is None:
             flow.to_layers = False
@@ -214,7 +229,7 @@ class _Watch(TorchDispatchMode):
     def _after(self, operator: str, args: Any, way: _Way) -> _Way | None:
         """What an operator makes of a layer's output; None where it is more than integers survive."""
         if operator in _PASSING:
-            return way
+            return way._replace(moved=way.moved or operator in _MOVING)
         if (limits := _limits(operator, args)) is not None:
             low, high = limits
             return way._replace(
@@ -222,9 +237,11 @@ class _Watch(TorchDispatchMode):
             )
         norm = self._running[-1] if self._running else ""
         fresh = (way.low, way.high, way.normalized) == (-math.inf, math.inf, False)
-        owned = isinstance(self.model.get_submodule(norm), nn.modules.batchnorm._BatchNorm)
-        if "batch_norm" in operator and fresh and owned and way.layer not in self._plain:
-            self.found[way.layer].norm = norm
+        owned = _normalizes(self.model.get_submodule(norm))
+        flow = self.found[way.layer]
+        alone = way.layer not in self._plain and flow.norm is None
+        if "batch_norm" in operator and fresh and owned and alone:
+            flow.norm = norm
             return way._replace(normalized=True)
         return None
 
@@ -235,12 +252,17 @@ class _Watch(TorchDispatchMode):
         for tensor in pytree.tree_leaves(output):
             if id(tensor) in self._ways:
                 self._book(*self._seen(tensor), None)
+        clipped: dict[str, tuple[float, float]] = {}
         for layer, flow in self.found.items():
+            flow.calls = self._calls[layer]
             read = list(self._read[layer])
             own = self._owner(read[0][1]) if len(read) == 1 else None
             flow.place = own or flow.norm or layer
             if own is None:
-                flow.limits = flow.low, flow.high
+                low, high = clipped.get(flow.place, (math.inf, -math.inf))
+                clipped[flow.place] = min(low, flow.low), max(high, flow.high)
+        for flow in self.found.values():
+            flow.limits = clipped.get(flow.place, flow.limits)
         owners = {key: self._owner(self._made.get(key, ())) for key in self._sums}
         sums = {
             own: tuple(sorted(self._met[key])) for key, own in owners.items() if own is not None
@@ -250,6 +272,11 @@ class _Watch(TorchDispatchMode):
     def _owner(self, made: Iterable[str]) -> str | None:
         """The innermost module that gave a tensor, and is called only once: behind it stands nothing else."""
         return next((name for name in made if name and self._calls[name] == 1), None)
+
+
+def _normalizes(module: nn.Module) -> bool:
+    """Whether a module is batch normalization by constants, in eval mode."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
 
 
 def _limits(operator: str, args: Any) -> tuple[float, float] | None:

@@ -114,8 +114,9 @@ def _visit(
     At once, not after the pass: a rectifier behind the place may work in place.
     """
 
-    def before(place: str, module: nn.Module, inputs: Any) -> None:
-        use(place, inputs[0].clamp(*places[place]))
+    def before(place: str, module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+        first = next(iter((*inputs, *named.values())))
+        use(place, first.clamp(*places[place]))
 
     def behind(place: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         use(place, output.clamp(*places[place]))
@@ -126,7 +127,8 @@ def _visit(
             name, _, side = place.partition(":")
             module = model.get_submodule(name)
             if side == "input":
-                handles.append(module.register_forward_pre_hook(partial(before, place)))
+                hook = partial(before, place)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             else:
                 handles.append(module.register_forward_hook(partial(behind, place)))
         with evaluation(model):
@@ -171,9 +173,13 @@ def range_of(
         return low, high
     loss = _squared_error if how == "mse" else _divergence
     parts = [(n + 1) / _CANDIDATES for n in range(_CANDIDATES)]
-    return min(
+    best = min(
         ((low * part, high * part) for part in parts), key=lambda ends: loss(histogram, ends, bits)
     )
+    for _ in range(2 if low < 0.0 < high else 0):  # one end after the other
+        best = min(((best[0], high * p) for p in parts), key=lambda e: loss(histogram, e, bits))
+        best = min(((low * p, best[1]) for p in parts), key=lambda e: loss(histogram, e, bits))
+    return best
 
 
 def grid_of(low: float, high: float, bits: int) -> tuple[float, int]:
@@ -243,7 +249,8 @@ def steps_of(rows: Tensor, bits: int, how: Literal["max", "mse"]) -> Tensor:
     """
     highest = 2 ** (bits - 1) - 1
     largest = rows.abs().amax(1)
-    whole = torch.where(largest > 0, largest / highest, torch.ones_like(largest))
+    tiny = torch.finfo(rows.dtype).tiny  # what is smaller counts as zero
+    whole = torch.where(largest > tiny * highest, largest / highest, torch.ones_like(largest))
     if how == "max":
         return whole
     best, least = whole, torch.full_like(whole, math.inf)

@@ -9,6 +9,7 @@ the first layer.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,10 +36,14 @@ def equalize(model: nn.Module, chosen: list[Weight], flow: Mapping[str, Flow]) -
         First layer -> second layer of each pair that there is.
     """
     by_name = {w.layer: w for w in chosen}
+    norms = Counter(f.norm for f in flow.values())
+    sources = Counter(reader for f in flow.values() for reader in f.readers)
     pairs = {
         a: f.readers[0]
         for a, f in flow.items()
-        if f.to_layers and len(f.readers) == 1 and f.high == math.inf and f.low in (0.0, -math.inf)
+        if f.to_layers and f.in_place and f.high == math.inf and f.low in (0.0, -math.inf)
+        if len(f.readers) == 1 == sources[f.readers[0]] == f.calls == flow[f.readers[0]].calls
+        if f.norm is None or (norms[f.norm] == 1 and _scales(model.get_submodule(f.norm)))
         if a in by_name and f.readers[0] in by_name
         if _fits(by_name[a], by_name[f.readers[0]])
     }
@@ -54,8 +59,13 @@ def _fits(first: Weight, second: Weight) -> bool:
     plain = all(isinstance(e, Mask) for w in (first, second) for e in w.encodings())
     module: Any = second.module
     inputs = getattr(module, "in_channels", getattr(module, "in_features", 0))
-    grouped = getattr(module, "groups", 1) not in (1, inputs)
-    return plain and inputs == len(first.value) and not grouped
+    groups = getattr(module, "groups", 1)
+    simple = groups == 1 or groups == inputs == len(second.value)
+    return plain and inputs == len(first.value) and simple
+
+
+def _scales(norm: Any) -> bool:
+    return norm.weight is not None and norm.running_var is not None
 
 
 def _even(model: nn.Module, first: Weight, second: Weight, norm: str | None) -> float:

@@ -9,6 +9,7 @@ integers, and is multiplied in when the network is exported.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import Annotated, Any, Literal
 
 import torch
@@ -209,11 +210,17 @@ def _places(model: nn.Module, found: Flows) -> dict[str, tuple[float, float]]:
 
 @torch.no_grad()
 def _align(model: nn.Module, found: Flows) -> None:
-    """Whoever reads integers as they are counts in the same steps, so that nothing is rounded twice."""
-    readers = {f"{flow.place}:output": flow.readers for flow in found.layers.values()}
-    for place, layers in (readers | {f"{m}:output": r for m, r in found.sums.items()}).items():
-        behind = quantizer_at(model, place)
-        for before in (quantizer_at(model, f"{layer}:input") for layer in layers):
-            if before is not None and behind is not None:
-                before.step.copy_(behind.step)
-                before.zero.copy_(behind.zero)
+    """Whoever reads one place's integers as they are counts in its steps: nothing is rounded twice."""
+    read: dict[str, set[str]] = defaultdict(set)
+    for flow in found.layers.values():
+        for layer in flow.readers:
+            read[layer].add(flow.place)
+    for module, layers in found.sums.items():
+        for layer in layers:
+            read[layer].add(module)
+    for layer, places in read.items():
+        before = quantizer_at(model, f"{layer}:input")
+        behind = quantizer_at(model, f"{next(iter(places))}:output")
+        if len(places) == 1 and before is not None and behind is not None:
+            before.step.copy_(behind.step)
+            before.zero.copy_(behind.zero)

@@ -64,7 +64,7 @@ def adaptive(
     steps: Tensor,
     highest: int,
     iterations: int = 1000,
-    penalty: float = 0.01,
+    penalty: float = 10.0,
 ) -> Tensor:
     """Nagel 2020 (AdaRound): up or down is trained, for the squared error of the output.
 

@@ -20,6 +20,9 @@ each layer), an activation an offset, so that negative ones can be had; steps be
 that :class:`PostTraining` takes, not at ``2 mean|v| / sqrt(p)``. The paper keeps the first and the last
 layer at 8 bits: ``bits: {conv1: 8, fc: 8, "*": 4}``.
 
+An optimizer that moves every number by its rate, as Adam does, or a large rate, would make some steps of a
+hundredth vanish within a dozen moves; so a step moves by one percent of itself at most (not in the paper).
+
 The surprising rule: the zero of activations does not train, only the step does.
 
 Cost: a few comparisons a weight and an activation in each step. When not to use it: at 8 bits
@@ -37,8 +40,8 @@ from ...mechanisms.activations import Quantizer, settle_activations
 from ...mechanisms.encodings import StepGrid
 from ._integers import IntegerMethod, put_grid
 
-#: No step becomes smaller than this part of where it began.
-_LEAST = 1e-3
+#: By which part of itself a step moves at most, each time the optimizer does.
+_FARTHEST = 0.01
 
 
 @method
@@ -66,20 +69,24 @@ class LearnedStep(IntegerMethod):
 
     def attach(self, run: Run) -> None:
         """Measure ranges and steps; from now on they train."""
-        chosen, memory = self.layers_of(run.model), self.memory(run)
+        chosen = self.layers_of(run.model)
         _, batches = self.calibrated(run, self.learned)
         bits = self.bits_of(run, chosen, batches)
         for weight in chosen:
             put_grid(
                 weight, bits[weight.name], self.step_of(weight, bits[weight.name]), self.learned
             )
-        memory["least"] = [_LEAST * float(step.detach().min()) for step in self._steps(run)]
+
+    @torch.no_grad()
+    def before_step(self, run: Run) -> None:
+        """Remember the steps."""
+        self.memory(run)["steps"] = [step.clone() for step in self._steps(run)]
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
-        """Keep steps positive."""
-        for step, least in zip(self._steps(run), self.memory(run)["least"], strict=True):
-            step.clamp_min_(least)
+        """Let no step move far at once."""
+        for step, before in zip(self._steps(run), self.memory(run)["steps"], strict=True):
+            step.copy_(step.clamp(before * (1.0 - _FARTHEST), before * (1.0 + _FARTHEST)))
 
     def finish(self, run: Run) -> list[Change]:
         """Let the steps stay as they are; a line for each layer."""

@@ -37,6 +37,7 @@ nearest. When not to use it: below 8 bits where some epochs can be had: ``learne
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any
 
 import torch
@@ -160,6 +161,7 @@ class PostTraining(IntegerMethod):
             sums[name] = sums[name] + met.double().sum(0)
             counts[name] += len(met)
 
+        norms = Counter(found.norm for found in flow.values())
         generator = run.generator("post_training means")
         visit_rows(run.model, list(flow), batches, self.positions, generator, use, once=True)
         for name, total in sums.items():
@@ -170,5 +172,5 @@ class PostTraining(IntegerMethod):
             norm: Any = run.model.get_submodule(flow[name].norm or "")
             if layer.bias is not None:
                 layer.bias.sub_(shift.to(layer.bias))
-            elif flow[name].norm is not None:
+            elif flow[name].norm is not None and norms[flow[name].norm] == 1:
                 norm.running_mean.add_(shift.to(norm.running_mean))

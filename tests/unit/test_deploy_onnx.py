@@ -1,0 +1,180 @@
+"""Exported files: what is in them, and that they compute what the network computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lilliput
+from lilliput.core.types import Batch
+from lilliput.deploy import OnnxNetwork, export, inspect
+from lilliput.errors import ExportFailed, InputError, UnknownName
+from lilliput.mechanisms.ranges import noise_ratio
+from lilliput.testing import NETWORKS
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+class PadsItself(nn.Conv2d):
+    """As TensorFlow pads strided convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+
+class Residual(nn.Module):
+    """A block whose sum should stay integers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.norm1(self.conv1(x)).relu()
+        return (x + self.norm2(self.conv2(inner))).relu()
+
+
+class Attention(nn.Module):
+    """Two products of activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = (self.query(x) @ self.key(x).transpose(1, 2)).softmax(-1)
+        return scores @ self.value(x)
+
+
+def convolutions() -> nn.Module:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), Residual(8), Residual(8),
+        PadsItself(8, 8, 3, stride=2), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 4),
+    )  # fmt: skip
+    net.train()
+    with torch.no_grad():
+        for _ in range(20):
+            net(torch.randn(16, 3, 12, 12))
+    return net.eval()
+
+
+def outputs(path: Path, x: Any) -> Tensor:
+    found: Tensor = OnnxNetwork(path)(x)
+    return found
+
+
+def test_every_layer_runs_in_integers_and_agrees(tmp_path: Path) -> None:
+    net, x = convolutions(), torch.randn(32, 3, 12, 12)
+    small = lilliput.quantize(net, [x]).model
+    made = export(small, x[:1], tmp_path / "net.onnx")
+    assert made.float_layers == []
+    assert made.integer_layers == ["0", "3.conv1", "3.conv2", "4.conv1", "4.conv2", "5", "9"]
+    assert made.folded["1"] == "0"
+    assert len(made.folded) == 5
+    executed = inspect(made.path)
+    assert (executed.integers, executed.floats) == (7, 0)
+    fresh = torch.randn(8, 3, 12, 12)  # another batch size
+    with torch.no_grad():
+        assert noise_ratio(small(fresh), outputs(made.path, fresh)) > 30.0
+
+
+def test_sums_of_blocks_are_integers(tmp_path: Path) -> None:
+    import onnx
+
+    net, x = convolutions(), torch.randn(32, 3, 12, 12)
+    file = export(lilliput.quantize(net, [x]).model, x, tmp_path / "net.onnx").path
+    OnnxNetwork(file, optimized=tmp_path / "run.onnx")
+    kinds = [node.op_type for node in onnx.load(str(tmp_path / "run.onnx")).graph.node]
+    assert kinds.count("QLinearAdd") == 2
+    assert "Conv" not in kinds
+
+
+def test_products_of_two_activations(tmp_path: Path) -> None:
+    net, x = nn.Sequential(Attention(), nn.Linear(16, 3)).eval(), torch.randn(16, 10, 16)
+    small = lilliput.quantize(net, [x]).model
+    plain = export(small, x, tmp_path / "plain.onnx")
+    assert (inspect(plain.path).integers, inspect(plain.path).floats) == (4, 2)
+    made = export(small, x, tmp_path / "net.onnx", products=[Batch(x, None)])
+    assert len(made.products) == 2
+    assert (inspect(made.path).integers, inspect(made.path).floats) == (6, 0)
+    with torch.no_grad():
+        assert noise_ratio(net(x), outputs(made.path, x)) > 25.0
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.name)
+@pytest.mark.parametrize("bits", [8, 3])
+def test_the_tiny_networks(network: Any, bits: int, tmp_path: Path) -> None:
+    x = next(iter(network.task().train)).inputs
+    small = lilliput.quantize(network.build(), [x], bits=bits).model
+    file = export(small, x[:2], tmp_path / "net.onnx").path
+    with torch.no_grad():
+        assert noise_ratio(small(x), outputs(file, x)) > 30.0
+
+
+def test_pruned_thin_and_real_networks_export_too(tmp_path: Path) -> None:
+    net, x = convolutions(), torch.randn(4, 3, 12, 12)
+    thin = lilliput.thin(net, x, round_to=2).model
+    for name, model in {"whole": net, "thin": thin}.items():
+        made = export(model, x, tmp_path / f"{name}.onnx")
+        assert made.integer_layers == []
+        assert (outputs(made.path, x) - model(x)).abs().max() < 1e-5
+    small = lilliput.quantize(thin, [x]).model
+    assert inspect(export(small, x, tmp_path / "small.onnx").path).floats == 0
+
+
+def test_the_network_stays_as_it_is(tmp_path: Path) -> None:
+    net, x = convolutions(), torch.randn(4, 3, 12, 12)
+    small = lilliput.quantize(net, [x]).model
+    before, out = {k: v.clone() for k, v in small.state_dict().items()}, small(x)
+    export(small, x, tmp_path / "net.onnx")
+    assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
+    assert torch.equal(small(x), out)
+
+
+class Counts(nn.Module):
+    """Of a size that depends on the data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum().item() > 0 else -x
+
+
+def test_what_cannot_be_exported(tmp_path: Path) -> None:
+    x = torch.randn(4, 3, 12, 12)
+    few = lilliput.quantize(convolutions(), [x], activation_bits=4).model
+    with pytest.raises(InputError, match="4 bits cannot be exported"):
+        export(few, x, tmp_path / "net.onnx")
+    with pytest.raises(ExportFailed, match="Counts cannot be written as ONNX"):
+        export(Counts(), x, tmp_path / "net.onnx")
+    with pytest.raises(UnknownName, match="runtime"):
+        inspect(tmp_path / "net.onnx", "onnxruntme")
+    (tmp_path / "bad.onnx").write_bytes(b"no such thing")
+    with pytest.raises(ExportFailed, match="does not take"):
+        OnnxNetwork(tmp_path / "bad.onnx")
+    assert not (tmp_path / "net.onnx").exists()
+
+
+def test_filters_that_are_zero_beside_their_bias(tmp_path: Path) -> None:
+    """Their steps are chosen for the bias, which is an integer too."""
+    net, x = convolutions(), torch.randn(8, 3, 12, 12)
+    with torch.no_grad():
+        net[3].norm1.weight[:3] = 0.0
+        net[3].norm1.weight[3] = 1e-12
+        net[3].norm1.bias[:4] = torch.tensor([0.7, -0.3, 2.5, 1.0])
+    small = lilliput.quantize(net, [x]).model
+    file = export(small, x, tmp_path / "net.onnx").path
+    with torch.no_grad():
+        assert noise_ratio(small(x), outputs(file, x)) > 30.0
