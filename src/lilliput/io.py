@@ -6,7 +6,6 @@ name; a network of any other class needs ``model=``, an instance that the file's
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,11 @@ from .errors import (
 )
 from .measure import effective_state
 from .mechanisms import packed
-from .mechanisms.activations import replace_activations, replaced_activations
+from .mechanisms.activations import (
+    check_quantizers,
+    replace_activations,
+    replaced_activations,
+)
 from .mechanisms.encodings import (
     Binary,
     Codebook,
@@ -139,16 +142,18 @@ def load(
         target = model if model is not None else _build(structure, path)
         state, pack = packed.opened(_state(file), structure.get("tasks"), path, task)
         steps = _steps(file)
+        check_quantizers(structure.get("activations", {}), state)
     with transaction(target):
         factorize_as(target, structure.get("factors", {}))
         replace_activations(target, structure.get("activations", {}))
         set_pack(target, None)
         if pack is not None:
             fit(target, pack.own[pack.current])
+        gridded = _gridded(target, steps)
         _thin_and_fill(target, structure.get("plan"), state, path)
         set_pack(target, pack)
-        for weight, bits, step in _gridded(target, steps):
-            encode(weight, StepGrid(bits, step))
+        for weight in gridded:
+            _put_grid(weight, *steps[weight.name])
         _put_factors(target, state)
     return target.eval()
 
@@ -211,27 +216,43 @@ def _steps(file: artifact.Artifact) -> dict[str, tuple[int, Tensor]]:
         CorruptArtifact: the file says so of a weight without steps, or of bits that cannot be.
     """
     grids = _structure(file).get("grids", {})
-    names = {f"{_SCALES}{name}" for name in grids} if isinstance(grids, dict) else {""}
-    possible = isinstance(grids, dict) and all(b in range(2, 9) for b in grids.values())
-    if not possible or not names <= set(file.names()):
-        raise CorruptArtifact(
-            f"what the file says of integer weights cannot be: {grids!r:.80}. Get it again from its source."
-        )
-    return {name: (bits, _to_torch(file, f"{_SCALES}{name}")) for name, bits in grids.items()}
+    possible = isinstance(grids, dict) and all(
+        type(bits) is int and 2 <= bits <= 8 for bits in grids.values()
+    )
+    known = set(file.names())
+    if not possible or not {n for name in grids for n in (name, f"{_SCALES}{name}")} <= known:
+        raise _no_grids(grids)
+    found = {name: (bits, _to_torch(file, f"{_SCALES}{name}")) for name, bits in grids.items()}
+    for name, (bits, step) in found.items():
+        integers = _to_torch(file, name)
+        whole = bool((integers == integers.round()).all())
+        fits = len(step) == len(integers) and bool(step.isfinite().all() and (step > 0).all())
+        if not whole or not fits or integers.abs().amax() > 2 ** (bits - 1) - 1:
+            raise _no_grids(name)
+    return found
 
 
-def _gridded(
-    model: nn.Module, steps: dict[str, tuple[int, Tensor]]
-) -> Iterator[tuple[Weight, int, Tensor]]:
-    """The weights of a filled network that are integers, with bits and steps in the weight's dims."""
+def _no_grids(said: Any) -> CorruptArtifact:
+    return CorruptArtifact(
+        f"what the file says of integer weights cannot be: {said!r:.80}. Get it again from its source."
+    )
+
+
+def _gridded(model: nn.Module, steps: dict[str, tuple[int, Tensor]]) -> list[Weight]:
+    """The weights of a network that are integers in the file.
+
+    Raises:
+        CorruptArtifact: the network has no such weight.
+    """
     known = {weight.name: weight for weight in weights(model)} if steps else {}
-    for name, (bits, step) in steps.items():
-        weight = known.get(name)
-        if weight is None or len(step) != len(weight.value) or not bool((step > 0).all()):
-            raise CorruptArtifact(
-                f"what the file says of the integers of {name!r:.80} cannot be. Get it again from its source."
-            )
-        yield weight, bits, step.view(-1, *[1] * (weight.value.ndim - 1)).to(weight.value)
+    if not steps.keys() <= known.keys():
+        raise _no_grids(sorted(steps.keys() - known.keys()))
+    return [known[name] for name in steps]
+
+
+def _put_grid(weight: Weight, bits: int, step: Tensor) -> None:
+    shape = (-1, *[1] * (weight.value.ndim - 1))
+    encode(weight, StepGrid(bits, step.view(shape).to(weight.value)))
 
 
 def tied_names(state: dict[str, Tensor]) -> dict[str, str]:
@@ -344,14 +365,12 @@ def _multiplied(state: dict[str, Tensor], own: dict[str, Tensor], path: Path_) -
         CorruptArtifact: a factor is without the other, or the tensor is there too.
         ModelMismatch: the product has another shape than the model's tensor.
     """
-    sides = (
-        {n.removeprefix(s): t for n, t in state.items() if n.startswith(s)} for s in (_LEFT, _RIGHT)
+    left, right = (
+        {name.removeprefix(side): t for name, t in state.items() if name.startswith(side)}
+        for side in (_LEFT, _RIGHT)
     )
-    left, right = sides
     sound = left.keys() == right.keys() and not left.keys() & state.keys()
-    if not sound or any(
-        t.ndim != 2 or right[n].ndim != 2 or t.shape[1] != len(right[n]) for n, t in left.items()
-    ):
+    if not sound or not all(_fit(factor, right[name]) for name, factor in left.items()):
         raise CorruptArtifact(
             f"{path}: the factors of {', '.join(sorted(left | right))!r:.80} do not fit each other. Get the "
             "file again from its source, or save the model again."
@@ -365,6 +384,10 @@ def _multiplied(state: dict[str, Tensor], own: dict[str, Tensor], path: Path_) -
             )
         found[name] = factor @ right[name]
     return found
+
+
+def _fit(left: Tensor, right: Tensor) -> bool:
+    return left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0]
 
 
 def _put_factors(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -40,6 +40,7 @@ from ...core.run import Run
 from ...core.select import matches
 from ...core.types import Change, Layers, NonNegative, Positive
 from ...errors import ModelMismatch, NothingChanged, NothingMatched
+from ...mechanisms.factors import multiplied
 from ...mechanisms.groups import find_groups
 from ...mechanisms.groups.classes import Group
 from ...mechanisms.initializing import owner_of, refuse_encoded
@@ -182,7 +183,7 @@ class Net2net(Method):
             NothingChanged: it is the smaller network itself.
         """
         refuse_encoded(run.model, "net2net")
-        small = run.find_network(self.source).to(run.device)
+        small = multiplied(run.find_network(self.source).to(run.device))
         batches = [batch.inputs for batch in run.calibration(self.samples)]
         growth = Growth(small, run.model, batches[0], self.zero, run.generator("net2net"))
         grown = growth.grown(batches)

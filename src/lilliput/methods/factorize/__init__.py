@@ -1,0 +1,1 @@
+"""Factorization: layers as products of thin ones."""
