@@ -80,21 +80,23 @@ def conv(*args: Any, **options: Any) -> nn.Module:
     return nn.Conv2d(*args, **options).double()
 
 
+ALL = "channel spatial separable tucker cp"
+
 # A layer, an input for it, and the kinds of chain that it can be.
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "linear": (nn.Linear(7, 5).double(), (4, 7), "svd"),
     "linear over tokens": (nn.Linear(7, 5, bias=False).double(), (2, 3, 7), "svd"),
-    "plain": (conv(4, 6, 3), (2, 4, 8, 8), "channel spatial tucker cp"),
-    "strided": (conv(4, 6, (3, 5), (2, 3), (1, 2), bias=False), (2, 4, 9, 9), "channel spatial tucker cp"),
-    "dilated": (conv(4, 6, 3, padding=2, dilation=(1, 2)), (2, 4, 9, 9), "channel spatial tucker cp"),
-    "same": (conv(3, 4, (3, 4), padding="same"), (2, 3, 7, 7), "channel spatial tucker cp"),
-    "reflected": (conv(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 7, 7), "channel spatial cp"),
-    "grouped": (conv(4, 6, 3, padding=1, groups=2), (2, 4, 6, 6), "channel spatial tucker cp"),
-    "depthwise": (conv(4, 4, 3, padding=1, groups=4), (2, 4, 6, 6), "channel spatial tucker cp"),
-    "multiplied": (conv(2, 6, 3, groups=2), (2, 2, 6, 6), "channel spatial tucker cp"),
-    "pointwise": (conv(4, 6, 1, 2), (2, 4, 7, 7), "channel tucker cp"),
-    "sequence": (nn.Conv1d(4, 6, 3, 2, 1).double(), (2, 4, 9), "channel tucker cp"),
-    "volume": (nn.Conv3d(2, 3, 2, padding=1).double(), (2, 2, 4, 4, 4), "channel tucker cp"),
+    "plain": (conv(4, 6, 3), (2, 4, 8, 8), ALL),
+    "strided": (conv(4, 6, (3, 5), (2, 3), (1, 2), bias=False), (2, 4, 9, 9), ALL),
+    "dilated": (conv(4, 6, 3, padding=2, dilation=(1, 2)), (2, 4, 9, 9), ALL),
+    "same": (conv(3, 4, (3, 4), padding="same"), (2, 3, 7, 7), ALL),
+    "reflected": (conv(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 7, 7), ALL.replace("tucker ", "")),
+    "grouped": (conv(4, 6, 3, padding=1, groups=2), (2, 4, 6, 6), ALL),
+    "depthwise": (conv(4, 4, 3, padding=1, groups=4), (2, 4, 6, 6), ALL),
+    "multiplied": (conv(2, 6, 3, groups=2), (2, 2, 6, 6), ALL),
+    "pointwise": (conv(4, 6, 1, 2), (2, 4, 7, 7), "channel separable tucker cp"),
+    "sequence": (nn.Conv1d(4, 6, 3, 2, 1).double(), (2, 4, 9), "channel separable tucker cp"),
+    "volume": (nn.Conv3d(2, 3, 2, padding=1).double(), (2, 2, 4, 4, 4), "channel separable tucker cp"),
 }  # fmt: skip
 CASES = [(name, kind) for name, (_, _, kinds) in LAYERS.items() for kind in kinds.split()]
 cases = pytest.mark.parametrize(("name", "kind"), CASES)
@@ -154,6 +156,7 @@ def test_counts_by_hand() -> None:
     assert numbers(Shape(300, 100), "svd", (10,)) == 10 * 400
     assert numbers(image, "channel", (5,)) == 5 * (16 * 9 + 32)
     assert numbers(image, "spatial", (5,)) == 5 * 3 * (16 + 32)
+    assert numbers(image, "separable", (2,)) == 2 * 16 * (9 + 32)
     assert numbers(image, "tucker", (4, 8)) == 16 * 4 + 4 * 8 * 9 + 8 * 32
     assert numbers(image, "cp", (5,)) == 5 * (16 + 32 + 2 * 3)
     assert numbers(Shape(16, 32, (3, 3), 2), "channel", (5,)) == 2 * 5 * (16 * 9 + 32)
@@ -164,10 +167,14 @@ def test_eckart_and_young(name: str) -> None:
     """The squared error is the sum of the squared singular values that are left out, for every rank."""
     layer, _, kinds = LAYERS[name]
     w = blocks_of(layer)
-    for kind in set(kinds.split()) & {"svd", "channel", "spatial"}:
+    for kind in set(kinds.split()) & {"svd", "channel", "spatial", "separable"}:
         (full,) = full_ranks(Shape.of(layer), kind)
         squares = torch.zeros(full)
         for block in w:
+            if kind == "separable":  # each input channel by itself
+                for channel in block.transpose(0, 1).flatten(2):
+                    squares = squares + torch.linalg.svdvals(channel)[:full].square()
+                continue
             if kind == "spatial":
                 _, i, y, x = block.shape  # rows (o, x), columns (i, y)
                 rows = [
@@ -181,7 +188,8 @@ def test_eckart_and_young(name: str) -> None:
             squares = squares + torch.linalg.svdvals(matrix).square()
         for rank in range(1, full + 1):
             weights = decompose(w, kind, (rank,))
-            error = float((compose(weights, len(w)).view_as(w) - w).square().sum())
+            whole = compose(weights, len(w), w.shape[2]).view_as(w)
+            error = float((whole - w).square().sum())
             assert error == pytest.approx(float(squares[rank:].sum()), abs=1e-10)
             assert options(place(layer, kind))[rank - 1].error == pytest.approx(
                 error / float(w.square().sum()), abs=1e-10
@@ -547,7 +555,7 @@ def test_layers_become_chains_or_say_why_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantity", ["macs", "parameters", "bytes"])
-@pytest.mark.parametrize("kind", ["channel", "spatial", "tucker", "cp"])
+@pytest.mark.parametrize("kind", ["channel", "spatial", "separable", "tucker", "cp"])
 def test_a_budget_holds(quantity: str, kind: Any) -> None:
     model, task = CNN.build(), CNN.task()
     result = run(

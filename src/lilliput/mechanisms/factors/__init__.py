@@ -5,6 +5,7 @@ The channels in between are the *ranks*. A kind of chain says which dims of the 
     svd       a linear layer: two of them, r (m + n) weights instead of m n
     channel   K x K, then 1 x 1
     spatial   K x 1, then 1 x K
+    separable K x K with every channel by itself, then 1 x 1
     tucker    1 x 1, then K x K, then 1 x 1: two ranks
     cp        1 x 1, then K x 1 and 1 x K with every channel by itself, then 1 x 1
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
 
-Kind: TypeAlias = Literal["svd", "channel", "spatial", "tucker", "cp"]
+Kind: TypeAlias = Literal["svd", "channel", "spatial", "separable", "tucker", "cp"]
 Ranks: TypeAlias = tuple[int, ...]
 
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -85,6 +86,8 @@ def full_ranks(shape: Shape, kind: str) -> Ranks:
     if kind == "spatial":
         return (min(i * kernel[0], o * kernel[1]),)
     taps = math.prod(kernel)
+    if kind == "separable":
+        return (min(o, taps),)
     if kind == "tucker":
         return min(i, o * taps), min(o, i * taps)
     if kind == "cp":
@@ -104,16 +107,19 @@ def chain(shape: Shape, kind: str, ranks: Ranks) -> list[Link]:
         "svd": [(), ()],
         "channel": [dims, ()],
         "spatial": [(0,), (1,)],
+        "separable": [dims, ()],
         "tucker": [(), dims, ()],
         "cp": [(), *((dim,) for dim in dims), ()],
     }
     own = having[kind]
     inner = ranks if kind == "tucker" else ranks * (len(own) - 1)
+    if kind == "separable":  # so many kernels for each channel
+        inner = (ranks[0] * shape.enters,)
     widths = (shape.enters, *inner, shape.leaves)
     return [
         Link(
             enters, leaves, mine, tuple(k if d in mine else 1 for d, k in enumerate(shape.kernel)),
-            alone=kind == "cp" and bool(mine),
+            alone=kind in ("separable", "cp") and bool(mine),
         )
         for (enters, leaves), mine in zip(pairwise(widths), own, strict=True)
     ]  # fmt: skip
@@ -124,12 +130,13 @@ def numbers(shape: Shape, kind: str, ranks: Ranks) -> int:
     return shape.groups * sum(link.numbers for link in chain(shape, kind, ranks))
 
 
-def compose(weights: Sequence[Tensor], groups: int = 1) -> Tensor:
+def compose(weights: Sequence[Tensor], groups: int = 1, enters: int | None = None) -> Tensor:
     """The weight of the layer that a chain is.
 
     Args:
         weights: of the thin layers, from input to output, each ``(out, in of a group, *kernel)``.
         groups: of the layer.
+        enters: input channels of a group, where the first thin layer has every channel by itself.
 
     Returns:
         Shape ``(out, in of a group, *kernel)``.
@@ -139,6 +146,8 @@ def compose(weights: Sequence[Tensor], groups: int = 1) -> Tensor:
         torch.Size([4, 3])
     """
     whole, *rest = (w.unflatten(0, (groups, -1)) for w in weights)
+    if enters is not None and whole.shape[2] < enters:
+        whole = _spread(whole, enters)
     for link in rest:
         if link.shape[2] == 1 and whole.shape[1] > 1:  # every channel by itself
             whole = link * whole
@@ -147,6 +156,13 @@ def compose(weights: Sequence[Tensor], groups: int = 1) -> Tensor:
             whole = (link.movedim((1, 2), (-2, -1)) @ inner).movedim((-2, -1), (1, 2))
     found: Tensor = whole.flatten(0, 1).contiguous()
     return found
+
+
+def _spread(alone: Tensor, enters: int) -> Tensor:
+    """The weight of a convolution of every channel by itself as that of an ordinary one, mostly zeros."""
+    channel = torch.arange(alone.shape[1], device=alone.device) // (alone.shape[1] // enters)
+    own = channel[:, None] == torch.arange(enters, device=alone.device)
+    return alone * own.view(1, *own.shape, *[1] * (alone.ndim - 3))
 
 
 def check_ranks(shape: Shape, kind: str, ranks: Ranks) -> None:

@@ -42,7 +42,8 @@ class Factors(nn.Sequential):
     def weight(self) -> Tensor:
         """Of the layer that the chain is, ``(out, in of a group, *kernel)``."""
         layers: Any = self
-        return compose([layer.weight for layer in layers], self.groups)
+        enters = self.in_channels // self.groups if self.kind == "separable" else None
+        return compose([layer.weight for layer in layers], self.groups, enters)
 
     @property
     def bias(self) -> Tensor | None:

@@ -23,7 +23,10 @@ def move_plans(model: nn.Module, name: str, layer: nn.Module, factors: Factors) 
     for path, module in model.named_modules():
         plan = last_plan(module)
         if plan is not None and (not path or within([path])(name)):
-            remember(module, _moved(plan, name.removeprefix(f"{path}."), layer, links))
+            own = name.removeprefix(f"{path}.")
+            if factors.kind == "separable" and f"{own}.weight" in plan.kept:
+                raise _cannot_follow(own)
+            remember(module, _moved(plan, own, layer, links))
 
 
 def _moved(plan: Plan, name: str, layer: nn.Module, links: list[Link]) -> Plan:
@@ -66,10 +69,15 @@ def _refuse_changed(plan: Plan, name: str, layer: Any) -> None:
     depthwise = groups > 1 and groups == layer.in_channels and f"{name}.weight" in plan.kept
     odd = [a for a in plan.attributes if within([name])(a) and not a.rpartition(".")[2].isdecimal()]
     if depthwise or odd or last_plan(layer) is not None:
-        raise InputError(
-            f"{name} has lost channels in a way that a chain cannot follow (as a depthwise convolution, or "
-            "on its own): no file could rebuild it. Factorize it before it is cut, or leave it out."
-        )
+        raise _cannot_follow(name)
+
+
+def _cannot_follow(name: str) -> InputError:
+    return InputError(
+        f"{name} has lost channels in a way that a chain cannot follow (as a depthwise convolution, on its "
+        "own, or before it became separable): no file could rebuild it. Factorize it before it is cut, or "
+        "leave it out."
+    )
 
 
 def move_pack(model: nn.Module, name: str, factors: Factors) -> None:

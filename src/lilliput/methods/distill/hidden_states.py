@@ -66,7 +66,8 @@ class HiddenStates(FeatureMethod):
         view: which view of the samples the teacher looks at; None for the student's inputs.
         weight: of the loss, a number or ``{start: 1, end: 0}``.
         hard_weight: of the task's own loss, likewise.
-        adapter: ``"linear"`` learns W_h; ``"none"`` compares the states as they are.
+        adapter: ``"linear"`` learns W_h; ``"none"`` compares the states as they are, and then anything of one
+            shape can be compared, such as the maps of a convolution block and of what takes its place.
         align: ``"equal"`` asks for sequences of the same length; ``"end"`` compares their last steps.
         step_dim: the dim of the states that counts the steps; 0 for recurrent layers without ``batch_first``.
 
@@ -112,6 +113,8 @@ class HiddenStates(FeatureMethod):
     def _matrix(self, own: Shape, taught: Shape) -> nn.Module:
         """W_h for one pair, after a look at both shapes."""
         told = f"hidden_states: the student's states are {own}, the teacher's {taught}"
+        if own == taught and self.adapter == "none":
+            return nn.Identity()
         if len(own) != 3 or len(taught) != 3:
             raise ModelMismatch(f"{told}: name places that hand over (batch, steps, width).")
         if own[self.step_dim] != taught[self.step_dim] and self.align == "equal":

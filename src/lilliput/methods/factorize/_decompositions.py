@@ -24,7 +24,7 @@ _SEED = 0
 
 #: Chains that are the product of two matrices; those whose rows are outputs, so that outputs can be fitted
 #: in closed form.
-MATRICES, CLOSED = ("svd", "channel", "spatial"), ("svd", "channel")
+MATRICES, CLOSED = ("svd", "channel", "spatial", "separable"), ("svd", "channel")
 
 
 def decompose(blocks: Tensor, kind: str, ranks: Ranks) -> list[Tensor]:
@@ -49,7 +49,7 @@ def decompose(blocks: Tensor, kind: str, ranks: Ranks) -> list[Tensor]:
 
 def relative_error(blocks: Tensor, weights: list[Tensor]) -> float:
     """Squared distance of the chain's weight from the layer's, over the squared norm of that."""
-    whole = compose([w.double() for w in weights], len(blocks)).view_as(blocks)
+    whole = compose([w.double() for w in weights], len(blocks), blocks.shape[2]).view_as(blocks)
     total = float(blocks.square().sum())
     return float((whole - blocks).square().sum()) / total if total else 0.0
 
@@ -61,8 +61,11 @@ def matrix_of(blocks: Tensor, kind: str) -> Tensor:
     """The matrix of which a chain of two is a product, ``(groups, rows, columns)``.
 
     Of ``spatial`` a row is an output channel and a place along the second dim of the kernel, a column an
-    input channel and a place along the first one (Tai 2016); else an output channel, and all the rest.
+    input channel and a place along the first one (Tai 2016). Of ``separable`` every input channel has its own
+    matrix, from places of the kernel to output channels (Guo 2018). Else a row is an output channel.
     """
+    if kind == "separable":
+        return blocks.transpose(1, 2).flatten(3).flatten(0, 1)
     if kind == "spatial":
         return blocks.permute(0, 1, 4, 2, 3).flatten(3).flatten(1, 2)
     return blocks.flatten(2)
@@ -101,6 +104,10 @@ def chain_of(blocks: Tensor, kind: str, left: Tensor, right: Tensor) -> list[Ten
     """The weights of a chain of two, from the factors of :func:`matrix_of`."""
     groups, out, enters, *kernel = blocks.shape
     rank = right.shape[1]
+    if kind == "separable":
+        last = left.unflatten(0, (groups, enters)).transpose(1, 2).flatten(2)
+        first = right.reshape(groups * enters * rank, 1, *kernel)
+        return [first, last.reshape(groups * out, enters * rank, *[1] * len(kernel))]
     if kind == "spatial":
         first = right.reshape(groups * rank, enters, kernel[0], 1)
         last = left.reshape(groups, out, kernel[1], rank).transpose(2, 3)
@@ -306,4 +313,5 @@ def leading_map(weights: list[Tensor], blocks: Tensor) -> Tensor:
         .view(features, *last.shape[1:])
         .repeat(groups, *[1] * (last.ndim - 1))
     )
-    return compose([*weights[:-1], unit], groups).view(groups, features, -1)
+    whole = compose([*weights[:-1], unit], groups, blocks.shape[2])
+    return whole.view(groups, features, -1)

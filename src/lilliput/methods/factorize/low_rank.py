@@ -12,6 +12,8 @@ Paper: Compression of Deep Convolutional Neural Networks for Fast and Low Power 
   Park, Yoo, Choi, Yang, Shin; ICLR 2016; arXiv 1511.06530)
 Paper: Speeding-up Convolutional Neural Networks Using Fine-tuned CP-Decomposition (Lebedev, Ganin, Rakhuba,
   Oseledets, Lempitsky; ICLR 2015; arXiv 1412.6553)
+Paper: Network Decoupling: From Regular to Depthwise Separable Convolutions (Guo, Li, Lin, Chen, Li; BMVC
+  2018; arXiv 1808.05517)
 Paper: Global Analytic Solution of Fully-observed Variational Bayesian Matrix Factorization (Nakajima,
   Sugiyama, Babacan, Tomioka; JMLR 2013)
 Paper: On the Compression of Recurrent Neural Networks with an Application to LVCSR Acoustic Modeling for
@@ -22,13 +24,15 @@ For n inputs, m outputs, kernels of K x K and the ranks r and s, a layer and wha
     linear     W = B A                      n -> r -> m                      r (m + n)
     channel    as linear, W is m x n K K    K x K, 1 x 1                     r (n K K + m)
     spatial    W is m K x n K               K x 1, 1 x K                     r K (n + m)
+    separable  each input by itself         K x K depthwise, 1 x 1           r n (K K + m)
     tucker     Tucker-2                     1 x 1, K x K, 1 x 1              n r + r s K K + s m
     cp         sum of r outer products      1 x 1, K x 1, 1 x K, 1 x 1       r (n + m + 2 K)
 
-The first three are singular value decompositions, so the squared error is the sum of the squared singular
-values that are left out (Eckart, Young 1936). Tucker begins with HOSVD and goes on with HOOI; CP is found by
-alternating least squares, from singular vectors and a fixed seed. A recurrent matrix stays one tensor for
-torch, as the product of two factors that train.
+Separable has r kernels for each input channel: architecture as compression, every K x K convolution becomes
+one of MobileNet's, with nothing between its halves. The first four are singular value decompositions, so
+the squared error is the sum of the squared singular values that are left out (Eckart, Young 1936). Tucker
+begins with HOSVD and goes on with HOOI; CP is found by alternating least squares, from singular vectors and
+a fixed seed. A recurrent matrix stays one tensor for torch, as the product of two factors that train.
 
 Ranks: given; by energy, the part of the squared size that is kept; ``evbmf``, the components that variational
 Bayes takes for signal (Nakajima 2013; in Tucker of both unfoldings, as Kim 2016); or by one budget for the
@@ -79,7 +83,7 @@ from ._spending import Offer, spend
 
 Rank = Annotated[int, Field(ge=1)]
 Given: TypeAlias = Rank | tuple[Rank, Rank] | Literal["evbmf"]
-Convolution = Literal["channel", "spatial", "tucker", "cp"]
+Convolution = Literal["channel", "spatial", "separable", "tucker", "cp"]
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
