@@ -17,8 +17,9 @@ from torch import Tensor
 from ...mechanisms.factors import Ranks, compose
 from ...mechanisms.solvers import least_squares
 
-#: Of the alternating updates at most, and what change of the relative error ends them.
-_SWEEPS, _SETTLED = 200, 1e-9
+#: Updates at most, and below which fall of the relative squared error they end (of CP: as a part of it).
+_TUCKER_SWEEPS, _TUCKER_SETTLED = 50, 1e-7
+_CP_SWEEPS, _CP_SETTLED = 200, 1e-6
 #: Of the random columns with which CP starts, where a dim is smaller than the rank.
 _SEED = 0
 
@@ -146,7 +147,7 @@ def unfolded(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.flatten(2), blocks.transpose(1, 2).flatten(2)
 
 
-def tucker(blocks: Tensor, enters: int, leaves: int, sweeps: int = _SWEEPS) -> list[Tensor]:
+def tucker(blocks: Tensor, enters: int, leaves: int, sweeps: int = _TUCKER_SWEEPS) -> list[Tensor]:
     """Tucker-2: orthogonal bases of both kinds of channels, and a core between them (Kim 2016).
 
     The bases begin as the singular vectors of both unfoldings (HOSVD); then each is computed anew while the
@@ -167,7 +168,7 @@ def tucker(blocks: Tensor, enters: int, leaves: int, sweeps: int = _SWEEPS) -> l
         half = unfolded(_along(blocks, left, 1))[1]
         right = leading(half @ half.mT, enters)
         error = float(1.0 - (right.mT @ half).square().sum() / total) if total else 0.0
-        if before - error < _SETTLED:
+        if before - error < _TUCKER_SETTLED:
             break
         before = error
     core = _along(_along(blocks, right, 2), left, 1)
@@ -189,7 +190,7 @@ def _along(blocks: Tensor, basis: Tensor, dim: int) -> Tensor:
 # -- CP ---------------------------------------------------------------------------------------------
 
 
-def cp(blocks: Tensor, rank: int, sweeps: int = _SWEEPS) -> list[Tensor]:
+def cp(blocks: Tensor, rank: int, sweeps: int = _CP_SWEEPS) -> list[Tensor]:
     """A sum of outer products of vectors, one a dim, by alternating least squares (Lebedev 2015).
 
     It begins with the singular vectors of each unfolding, and with normal numbers of the fixed seed 0 where
@@ -229,18 +230,44 @@ def cp_vectors(tensor: Tensor, rank: int, sweeps: int) -> list[Tensor]:
     """
     if rank >= tensor.numel() // max(tensor.shape):
         return _exact(tensor)
-    vectors = _start(tensor, rank)
-    total, before = tensor.square().sum(), math.inf
+    vectors, rows = _start(tensor, rank), tensor.flatten(1)
+    total, before = float(tensor.square().sum()), math.inf
     for _ in range(sweeps):
-        for dim in range(tensor.ndim):
-            others = _products([v for d, v in enumerate(vectors) if d != dim])
-            cross = others.T @ tensor.movedim(dim, 0).flatten(1).T
-            vectors[dim] = least_squares(others.T @ others, cross, toward=vectors[dim].T).T
-        error = float((tensor - _sum_of(vectors)).square().sum() / total) if total else 0.0
-        if before - error < _SETTLED * error:
+        half = (vectors[0].T @ rows).view(rank, *tensor.shape[1:])
+        for dim in range(1, tensor.ndim):
+            _update(vectors, dim, _contracted(half, vectors, dim))
+        cross = (rows @ _products(vectors[1:])).T
+        gram = _update(vectors, 0, cross)
+        fits = float((cross.T * vectors[0]).sum()), float(((vectors[0] @ gram) * vectors[0]).sum())
+        error = total - 2.0 * fits[0] + fits[1]
+        if before - error < _CP_SETTLED * error + 1e-15 * total:
             break
         before = error
     return vectors
+
+
+def _update(vectors: list[Tensor], dim: int, cross: Tensor) -> Tensor:
+    """Solve for the vectors along one dim; the matrix of the system is returned.
+
+    Args:
+        vectors: of all dims; changed.
+        dim: which.
+        cross: the tensor contracted with the vectors along all other dims, ``(rank, size)``.
+    """
+    others = torch.stack([v.T @ v for d, v in enumerate(vectors) if d != dim])
+    gram = others.prod(0)
+    vectors[dim] = least_squares(gram, cross, toward=vectors[dim].T).T
+    return gram
+
+
+def _contracted(half: Tensor, vectors: list[Tensor], dim: int) -> Tensor:
+    """A tensor ``(rank, ...)`` contracted with the vectors along all dims but the first and one other."""
+    for other in range(1, half.ndim):
+        if other != dim:
+            shape = [1] * half.ndim
+            shape[0], shape[other] = half.shape[0], len(vectors[other])
+            half = (half * vectors[other].T.reshape(shape)).sum(other, keepdim=True)
+    return half.flatten(1)
 
 
 def _start(tensor: Tensor, rank: int) -> list[Tensor]:
@@ -274,12 +301,6 @@ def _products(vectors: list[Tensor]) -> Tensor:
     for more in rest:
         product = (product[:, None] * more).flatten(0, 1)
     return product
-
-
-def _sum_of(vectors: list[Tensor]) -> Tensor:
-    """The tensor whose terms these are."""
-    shape = [len(v) for v in vectors]
-    return (vectors[0] @ _products(vectors[1:]).T).view(shape)
 
 
 def _balanced(vectors: list[Tensor]) -> list[Tensor]:
