@@ -67,35 +67,56 @@ def profile_deployment(
     made, failed = variants(model, inputs, task)
     best = ceiling(threads)
     with tempfile.TemporaryDirectory() as folder:
-        files: dict[str, Path] = {}
-        for name, network in made.items():
-            note(f"exporting: {name} ...")
-            try:
-                files[name] = export(network, inputs, Path(folder) / f"{len(files)}.onnx").path
-            except LilliputError as error:
-                failed[name] = str(error)
-        running: dict[tuple[str, str], nn.Module] = {("as it is", "torch"): made["as it is"]}
-        for runtime in installed():
-            for name, file in files.items():
-                running[name, runtime] = _CLASSES[runtime](file, threads)
+        files = _exported(made, inputs, Path(folder), failed)
+        running = {("as it is", "torch"): made["as it is"]}
+        running |= {
+            (name, runtime): _CLASSES[runtime](file, threads)
+            for runtime in installed()
+            for name, file in files.items()
+        }
         note("timing ...")
         named = {f"{name}/{runtime}": network for (name, runtime), network in running.items()}
         timed = latency(named, inputs, threads=threads, seconds=seconds * len(named), clock="cpu")
         rows = []
         for name, runtime in running:
             own = timed.models[f"{name}/{runtime}"]
-            executed = inspect(files[name], runtime) if runtime != "torch" else None
-            work = macs(made[name], inputs).total / own.seconds.median * threads
-            peak = best.integer if executed is not None and executed.integers else best.real
+            scores = task is not None and name in _TRAINED
             rows.append(Row(
-                name, runtime, own.seconds.median, 1.0 / own.ratio.median, work / peak,
-                files[name].stat().st_size if executed is not None else None,
-                evaluate(running[name, runtime], task.reported, task.score)
-                if task is not None and name in _TRAINED else None,
-                executed.integers if executed is not None else 0,
-                executed.floats if executed is not None else 0,
+                name, runtime, own.seconds.median, 1.0 / own.ratio.median,
+                bytes=files[name].stat().st_size if runtime != "torch" else None,
+                score=_score(running[name, runtime], task) if scores else None,
+                **_used(made[name], inputs, files.get(name), runtime, own.seconds.median / threads, best),
             ))  # fmt: skip
     return rows, best, failed
+
+
+def _exported(
+    made: dict[str, nn.Module], inputs: Any, folder: Path, failed: dict[str, str]
+) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for name, network in made.items():
+        note(f"exporting: {name} ...")
+        try:
+            files[name] = export(network, inputs, folder / f"{len(files)}.onnx").path
+        except LilliputError as error:
+            failed[name] = str(error)
+    return files
+
+
+def _score(network: nn.Module, task: Task | None) -> float:
+    assert task is not None
+    return evaluate(network, task.reported, task.score)
+
+
+def _used(
+    network: nn.Module, inputs: Any, file: Path | None, runtime: str, seconds: float, best: Ceiling
+) -> dict[str, Any]:
+    """What runs in integers, and how near to the machine's most it comes in that type."""
+    executed = inspect(file, runtime) if file is not None and runtime != "torch" else None
+    integers, floats = (0, 0) if executed is None else (executed.integers, executed.floats)
+    peak = best.integer if integers else best.real
+    reached = macs(network, inputs).total / seconds / peak
+    return {"ceiling": reached, "integers": integers, "floats": floats}
 
 
 def variants(
