@@ -34,6 +34,9 @@ from lilliput.mechanisms.factors import (
     numbers,
     thin,
 )
+from lilliput.mechanisms.groups import find_groups
+from lilliput.mechanisms.initializing import draw_fresh_weights
+from lilliput.mechanisms.surgery import Plan, apply_plan, cut, plan_of
 from lilliput.methods import Codebook, FilterL1, LowRank, Magnitude, Packnet, PostTraining
 from lilliput.methods.factorize import _spending
 from lilliput.methods.factorize._calibration import (
@@ -445,6 +448,7 @@ CALIBRATED = [
     ("linear", "svd"), ("linear over tokens", "svd"), ("plain", "channel"), ("grouped", "channel"),
     ("strided", "channel"), ("sequence", "channel"), ("plain", "spatial"), ("grouped", "spatial"),
     ("dilated", "tucker"), ("plain", "cp"), ("sequence", "cp"), ("volume", "tucker"),
+    ("plain", "separable"), ("grouped", "separable"),
 ]  # fmt: skip
 
 
@@ -709,6 +713,78 @@ def test_channels_are_cut_before_and_after(kind: Any) -> None:
         assert isinstance(loaded[3], Factors)  # type: ignore[index]
         again = lilliput.load(result.artifact, model=loaded)  # it is so already
         assert torch.equal(logits(again, X), logits(result.model, X))
+
+
+@pytest.mark.parametrize("kind", ["channel", "spatial", "tucker", "cp"])
+def test_a_kernel_that_lost_its_border_becomes_a_chain(kind: str, tmp_path: Path) -> None:
+    """The plan's sizes and paddings of the kernel move to the thin layer that has that dim."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 6, (5, 3), padding=(1, 1)), nn.ReLU(), nn.Flatten())
+
+    net, x = build(), torch.randn(2, 3, 8, 8)
+    attributes = {"0.kernel_size.0": 3, "0.padding.0": 0}
+    apply_plan(net, Plan({"0.weight": {2: np.array([1, 2, 3])}}, attributes))
+    full = full_ranks(Shape.of(net[0]), kind)  # type: ignore[index]
+    before = logits(net, x)
+    factorize(net, "0", kind, full, decompose(blocks_of(net[0]), kind, full))  # type: ignore[index]
+    torch.testing.assert_close(logits(net, x), before, rtol=1e-4, atol=1e-5)
+    lilliput.save(net, tmp_path / "net")
+    loaded = lilliput.load(tmp_path / "net", model=build())
+    assert torch.equal(logits(loaded, x), logits(net, x))
+
+
+def test_a_depthwise_convolution_that_lost_channels_is_refused() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 2, 3), nn.Flatten()
+    )
+    x = torch.randn(2, 1, 10, 10)
+    groups = find_groups(net, x)
+    cut(net, groups, {0: np.array([1, 4])}, inputs=x)
+    plan, before = plan_of(net), logits(net, x)
+    with pytest.raises(InputError, match="before it is cut"):
+        factorize(net, "1", "spatial", (1,))
+    assert plan_of(net) is plan
+    assert torch.equal(logits(net, x), before)
+    factorize(net, "2", "spatial", (2,))
+
+
+def test_all_layers_or_none() -> None:
+    """A layer that refuses leaves those before it as they were: the user's own network, here."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 5), nn.Conv2d(8, 8, 5, groups=8), nn.Conv2d(8, 2, 3), nn.Flatten()
+    )
+    x = torch.randn(2, 1, 12, 12)
+    cut(net, find_groups(net, x), {0: np.array([1])}, inputs=x)
+    modules = list(net)
+    with pytest.raises(InputError, match="before it is cut"):
+        lilliput.attach(net, LowRank(rank={"0": 1, "1": 1}, convolutions="spatial"))
+    assert list(net) == modules
+
+
+def test_new_weights_for_a_factorized_architecture() -> None:
+    net = lilliput.build("digits_cnn")
+    factorize(net, "conv3", "tucker", (8, 16))
+    draw_fresh_weights(net, 0)
+    first = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    assert all(tensor.std() > 0 for name, tensor in first.items() if name.endswith("weight"))
+    draw_fresh_weights(net, 0)
+    assert all(torch.equal(first[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_in_a_loop_of_one_s_own() -> None:
+    """Without an example no operations are known, and weights decide; a budget of them is refused."""
+    net = CNN.build()
+    attached = lilliput.attach(net, LowRank(rank={"3": (3, 4)}))
+    assert isinstance(net[3], Factors)  # type: ignore[index]
+    assert len(list(attached.parameters())) == len(list(net.parameters()))
+    assert attached.finish()[0].after == [3, 4]
+    with pytest.raises(InputError, match="needs an example"):
+        lilliput.attach(CNN.build(), LowRank(budget={"macs": 0.5}))  # type: ignore[arg-type]
+    lilliput.attach(CNN.build(), LowRank(budget={"bytes": 0.7}))  # type: ignore[arg-type]
 
 
 def test_masks_and_shared_values_go_where_a_chain_comes(tmp_path: Path) -> None:

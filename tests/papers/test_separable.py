@@ -1,4 +1,4 @@
-"""Guo 2018: trained convolutions become depthwise separable; in networks, beside what else is done to them."""
+"""Guo 2018: trained convolutions become depthwise separable; in networks, beside what else is done."""
 
 from __future__ import annotations
 

@@ -42,9 +42,8 @@ def _moved(plan: Plan, name: str, layer: nn.Module, links: list[Link]) -> Plan:
     def tensors(known: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[int, Any]]:
         found: dict[str, dict[int, Any]] = {}
         for tensor, dims in known.items():
-            for dim, value in sorted(
-                dims.items()
-            ):  # in the order that a checkpoint gives them back
+            # Dims ascend in what a checkpoint gives back, and files must not differ by their order.
+            for dim, value in sorted(dims.items()):
                 found.setdefault(place(tensor, dim), {})[dim] = value
         return found
 

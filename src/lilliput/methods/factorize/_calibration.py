@@ -82,7 +82,10 @@ def output_errors(
 ) -> dict[str, float]:
     """Of each layer the squared error of its outputs over their squared size, on the rows of the visit."""
     whole = {name: place.blocks.flatten(2) for name, place in places.items()}
-    slim = {name: compose(chains[name], len(maps)).view(maps.shape) for name, maps in whole.items()}
+    slim = {
+        name: compose(chains[name], len(maps), places[name].shape.enters).view(maps.shape)
+        for name, maps in whole.items()
+    }
     sums = {name: [0.0, 0.0] for name in places}
 
     def use(name: str, rows: Tensor) -> None:

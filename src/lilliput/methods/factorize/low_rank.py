@@ -76,6 +76,7 @@ from ...mechanisms.encodings import LowRank as Product
 from ...mechanisms.encodings import encode, strip
 from ...mechanisms.factors import Ranks, Shape, check_ranks, factorize, why_not
 from ...mechanisms.packing import pack_of
+from ...mechanisms.surgery import transaction
 from ._calibration import Visit, output_errors, output_moments, refitted, visiting
 from ._decompositions import CLOSED, decompose, projected, relative_error
 from ._ranks import Place, by_energy, measure_work, options, variational_ranks
@@ -168,9 +169,13 @@ class LowRank(LayerMethod):
         chains = self._solved(chosen, ranks, moments, visit)
         measured = {name: place for name, place in chosen.items() if name in moments}
         errors = output_errors(measured, chains, visit) if measured else {}
-        self._put(run, chosen, chains, ranks, errors)
-        if not memory["done"]:
+        if not chosen:
             raise self._nothing(memory["whole"])
+        with transaction(run.model):  # all of them, or none
+            for name, place in chosen.items():
+                told = self._told(place, ranks[name], chains[name], errors.get(name))
+                memory["done"][name] = told
+                self._put(run, place, ranks[name], chains[name])
 
     def finish(self, run: Run) -> list[Change]:
         """For each layer its ranks, or why it stayed whole."""
@@ -274,7 +279,7 @@ class LowRank(LayerMethod):
             found = {p.name: self._ranks_of(p, moments.get(p.name)) for p in places}
         for place in places:
             if reason := self._why_whole(place, found[place.name]):
-                self.memory(run)["whole"][place.name] = [_told(place.full), reason]
+                self.memory(run)["whole"][place.name] = [_short(place.full), reason]
                 del found[place.name]
         return found
 
@@ -296,7 +301,7 @@ class LowRank(LayerMethod):
         if place.pays(ranks):
             return ""
         return (
-            f"rank {_told(ranks)} would have {place.weights(ranks):,} weights instead of "
+            f"rank {_short(ranks)} would have {place.weights(ranks):,} weights instead of "
             f"{place.shape.numbers:,}, and {place.work(ranks):,.0f} operations instead of {place.macs:,.0f}"
         )
 
@@ -311,28 +316,32 @@ class LowRank(LayerMethod):
                 f"low_rank: a budget in {self.budget.quantity} needs an example: give lilliput.attach(..., "
                 "task=...), or a budget in parameters or bytes."
             )
-        file = None
-        if timed and run.directory is not None:
-            place = next(n for n, other in enumerate(run.methods) if other is self)
-            file = run.directory / f"ranks-{run.stage}-{place}.json"
-            if file.exists():
-                return {name: tuple(ranks) for name, ranks in json.loads(file.read_text()).items()}
         if timed and _processes() > 1:
             raise InputError(
                 "low_rank: several processes that train together would each measure another latency: give a "
                 "budget in macs."
             )
+        if not timed or run.directory is None:
+            return self._bought(run, places, inputs, moments)
+        number = next(n for n, other in enumerate(run.methods) if other is self)
+        file = run.directory / f"ranks-{run.stage}-{number}.json"
+        if not file.exists():
+            half_done = file.with_suffix(".tmp")
+            half_done.write_text(json.dumps(self._bought(run, places, inputs, moments)))
+            half_done.replace(file)
+        return {name: tuple(ranks) for name, ranks in json.loads(file.read_text()).items()}
+
+    def _bought(
+        self, run: Run, places: list[Place], inputs: Any, moments: dict[str, Tensor]
+    ) -> dict[str, Ranks]:
+        """The ranks that meet the budget."""
+        assert self.budget is not None
         comparable = all(place.name in moments and place.kind in CLOSED for place in places)
         seen = moments if comparable else {}  # errors of outputs and of weights cannot be compared
         offers = [Offer.of(place, options(place, seen.get(place.name))) for place in places]
         dense = run.model if run.original is None else run.original
         ranks = spend(offers, self.budget, run.model, dense, inputs)
-        found = {place.name: each for place, each in zip(places, ranks, strict=True)}
-        if file is not None:
-            half_done = file.with_suffix(".tmp")
-            half_done.write_text(json.dumps(found))
-            half_done.replace(file)
-        return found
+        return {place.name: each for place, each in zip(places, ranks, strict=True)}
 
     # -- the chains -------------------------------------------------------------------------------
 
@@ -355,30 +364,25 @@ class LowRank(LayerMethod):
         left = {n: p for n, p in places.items() if n in moments and p.kind not in CLOSED}
         return refitted(left, found, visit) if left else found
 
-    def _put(
-        self,
-        run: Run,
-        places: dict[str, Place],
-        chains: dict[str, list[Tensor]],
-        ranks: dict[str, Ranks],
-        errors: dict[str, float],
-    ) -> None:
-        for name, place in places.items():
-            kinds = ", ".join(e.kind for e in place.weight.encodings())
-            error = errors.get(name, relative_error(place.blocks, chains[name]))
-            note = (
-                f"{place.kind}: {place.shape.numbers:,} -> {place.weights(ranks[name]):,} weights, relative "
-                f"squared error of {'outputs' if name in errors else 'weights'} {error:.3g}"
-                f"{f'; no longer {kinds}' if kinds else ''}"
-            )
-            self.memory(run)["done"][name] = [_told(place.full), _told(ranks[name]), note]
-            if place.encoded:
-                strip(place.weight)
-                encode(
-                    place.weight, Product(ranks[name][0], place.shape.leaves, place.shape.enters)
-                )
-            else:
-                factorize(run.model, name, place.kind, ranks[name], chains[name])
+    def _told(
+        self, place: Place, ranks: Ranks, chain: list[Tensor], error: float | None
+    ) -> list[Any]:
+        """Full ranks, ranks, and a note, of a layer that is about to become a chain."""
+        of = "weights" if error is None else "outputs"
+        error = relative_error(place.blocks, chain) if error is None else error
+        kinds = ", ".join(e.kind for e in place.weight.encodings())
+        note = (
+            f"{place.kind}: {place.shape.numbers:,} -> {place.weights(ranks):,} weights, relative squared "
+            f"error of {of} {error:.3g}{f'; no longer {kinds}' if kinds else ''}"
+        )
+        return [_short(place.full), _short(ranks), note]
+
+    def _put(self, run: Run, place: Place, ranks: Ranks, chain: list[Tensor]) -> None:
+        if place.encoded:
+            strip(place.weight)
+            encode(place.weight, Product(ranks[0], place.shape.leaves, place.shape.enters))
+        else:
+            factorize(run.model, place.name, place.kind, ranks, chain)
 
     # -- the run ----------------------------------------------------------------------------------
 
@@ -409,5 +413,5 @@ def _processes() -> int:
     return torch.distributed.get_world_size() if together else 1
 
 
-def _told(ranks: Ranks) -> int | list[int]:
+def _short(ranks: Ranks) -> int | list[int]:
     return ranks[0] if len(ranks) == 1 else list(ranks)
