@@ -93,7 +93,7 @@ def relative_index_one_by_one(data, width):
 def test_relative_index_is_the_papers(data, width):
     gaps, codes = relative_index(data, width)
     assert (gaps.tolist(), codes.tolist()) == relative_index_one_by_one(data, width)
-    ends = np.cumsum(gaps + 1, dtype=int) - 1
+    ends = np.cumsum(gaps.astype(int) + 1) - 1  # a gap of 255 fills its byte
     assert np.array_equal(ends[codes != 0], np.flatnonzero(data))
 
 
