@@ -18,7 +18,7 @@ demo: $(STAMP)
 	$(RUN) -m lilliput demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
