@@ -43,6 +43,7 @@ from .mechanisms.encodings import (
     encode,
     encoding_of,
     original_of,
+    put_grid,
 )
 from .mechanisms.factors import factorize_as, factors_of
 from .mechanisms.packing import fit, set_pack, settled
@@ -153,7 +154,7 @@ def load(
         _thin_and_fill(target, structure.get("plan"), state, path)
         set_pack(target, pack)
         for weight in gridded:
-            _put_grid(weight, *steps[weight.name])
+            put_grid(weight, *steps[weight.name])
         _put_factors(target, state)
     return target.eval()
 
@@ -248,11 +249,6 @@ def _gridded(model: nn.Module, steps: dict[str, tuple[int, Tensor]]) -> list[Wei
     if not steps.keys() <= known.keys():
         raise _no_grids(sorted(steps.keys() - known.keys()))
     return [known[name] for name in steps]
-
-
-def _put_grid(weight: Weight, bits: int, step: Tensor) -> None:
-    shape = (-1, *[1] * (weight.value.ndim - 1))
-    encode(weight, StepGrid(bits, step.view(shape).to(weight.value)))
 
 
 def tied_names(state: dict[str, Tensor]) -> dict[str, str]:

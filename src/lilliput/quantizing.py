@@ -79,7 +79,6 @@ def quantize(model: nn.Module, inputs: Iterable[Any], **settings: Any) -> Quanti
         original=model,
         methods=[method],
     )
-    method.check(copied)
     method.attach(run)
     return Quantized(copied, method.finish(run))
 

@@ -20,13 +20,12 @@ from lilliput.core.select import select
 from lilliput.core.types import Batch
 from lilliput.errors import EmptyData, InputError, NothingMatched
 from lilliput.mechanisms.activations import quantizer_at, replaced_activations
-from lilliput.mechanisms.encodings import StepGrid, encoding_of
+from lilliput.mechanisms.encodings import StepGrid, encoding_of, put_grid
 from lilliput.mechanisms.flow import flows
 from lilliput.mechanisms.ranges import noise_ratio, steps_of
 from lilliput.methods import Codebook, Magnitude, PostTraining
 from lilliput.methods.quantize._bits_by_loss import losses, spread_bits
 from lilliput.methods.quantize._equalizing import equalize
-from lilliput.methods.quantize._integers import put_grid
 from lilliput.methods.quantize._rounding import adaptive, nearest, second_order
 from lilliput.testing import NETWORKS
 

@@ -13,9 +13,10 @@ from typing import Any
 from torch import nn
 
 from ..core.task import Task, as_batch, evaluate
-from ..deploy import OnnxNetwork, OpenvinoNetwork, export, inspect, installed
+from ..deploy import export, inspect, installed
 from ..deploy.ceiling import Ceiling, ceiling
 from ..deploy.deployment import without_integers
+from ..deploy.runtime import RUNTIMES
 from ..errors import LilliputError
 from ..measure import latency, macs
 from ..mechanisms.activations import quantizer_at, replaced_activations
@@ -25,7 +26,6 @@ from ._print import columns, note
 
 #: Variants whose weights are fit to be scored.
 _TRAINED = ("as it is", "integers")
-_CLASSES: dict[str, Any] = {"onnxruntime": OnnxNetwork, "openvino": OpenvinoNetwork}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def profile_deployment(
         files = _exported(made, inputs, Path(folder), failed)
         running = {("as it is", "torch"): made["as it is"]}
         running |= {
-            (name, runtime): _CLASSES[runtime](file, threads)
+            (name, runtime): RUNTIMES[runtime](file, threads)
             for runtime in installed()
             for name, file in files.items()
         }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..mechanisms.activations import quantizer_at, remove_quantizer, replaced_ac
 from ..mechanisms.encodings import bake
 from ..mechanisms.ranges import noise_ratio
 from .onnx import Exported, export
-from .runtime import RUNTIMES, Executed, inspect, installed
+from .runtime import RUNTIMES, Executed, inspect, installed, tensors_of
 
 
 @dataclass(frozen=True)
@@ -155,16 +155,10 @@ def _in_runtime(
     if task is not None:
         score = evaluate(networks["integer"], task.reported, task.score)
     with torch.no_grad(), evaluation(model):
-        agreement = noise_ratio(_first(answer(model, inputs)), _first(networks["integer"](inputs)))
+        agreement = noise_ratio(
+            tensors_of(answer(model, inputs))[0], tensors_of(answer(networks["integer"], inputs))[0]
+        )
     own = timed.models["integer"]
     return InRuntime(
         name, inspect(file, name), score, agreement, own.ratio.median, own.seconds.median
     )
-
-
-def _first(output: Any) -> torch.Tensor:
-    return next(_leaves(output))
-
-
-def _leaves(output: Any) -> Iterator[torch.Tensor]:
-    return (t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, torch.Tensor))

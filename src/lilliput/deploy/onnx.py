@@ -116,13 +116,7 @@ def export(
 def _save(program: Any, path: Path) -> None:
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # where in the source it came from: half of a small file
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        program.save(str(temporary))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    _operators.replace_file(path, program.save)
 
 
 @torch.no_grad()

@@ -52,12 +52,7 @@ def quantize_products(path: Path, batches: Iterable[Batch]) -> list[str]:
             if known[name].op_type != "DequantizeLinear":
                 node.input[place] = _pair(model.graph, node, name, ends[name], signed=place == 1)
     _sort(model.graph)
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        onnx.save(model, str(temporary))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    _operators.replace_file(path, lambda temporary: onnx.save(model, temporary))
     return [node.name for node in nodes]
 
 

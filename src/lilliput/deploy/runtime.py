@@ -91,7 +91,7 @@ class OnnxNetwork(nn.Module):
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """The outputs, one tensor or a tuple."""
-        arrays = [t.detach().cpu().numpy() for t in _tensors((inputs, keywords))]
+        arrays = [t.detach().cpu().numpy() for t in tensors_of((inputs, keywords))]
         found = self.session.run(None, dict(zip(self.inputs, arrays, strict=True)))
         tensors = tuple(torch.from_numpy(array) for array in found)
         return tensors[0] if len(tensors) == 1 else tensors
@@ -124,7 +124,7 @@ class OpenvinoNetwork(nn.Module):
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """The outputs, one tensor or a tuple."""
-        arrays = [t.detach().cpu().numpy() for t in _tensors((inputs, keywords))]
+        arrays = [t.detach().cpu().numpy() for t in tensors_of((inputs, keywords))]
         found = self.compiled(arrays)
         tensors = tuple(torch.from_numpy(found[k].copy()) for k in range(len(found)))
         return tensors[0] if len(tensors) == 1 else tensors
@@ -191,5 +191,6 @@ def _openvino_products(path: Path_) -> list[tuple[str, str, bool]]:
     return found
 
 
-def _tensors(values: Any) -> list[Tensor]:
+def tensors_of(values: Any) -> list[Tensor]:
+    """All tensors of what a network takes or gives."""
     return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]

@@ -555,6 +555,12 @@ def encode(weight: Weight, encoding: Encoding) -> None:
     _restack(weight, [*_without(weight, encoding.kind), encoding])
 
 
+def put_grid(weight: Weight, bits: int, steps: Tensor, learned: bool = False) -> None:
+    """Let a weight be integers times a step for each filter, ``(filters,)``."""
+    shape = (-1, *[1] * (weight.value.ndim - 1))
+    encode(weight, StepGrid(bits, steps.view(shape).to(weight.value), learned))
+
+
 def take_off(weight: Weight, kind: type[Encoding]) -> None:
     """Take one kind of encoding off; what is beneath and above it stays."""
     _restack(weight, _without(weight, kind.kind))

@@ -34,7 +34,6 @@ from ...mechanisms.encodings import (
     Codebook,
     IntegerGrid,
     StepGrid,
-    encode,
     encoding_of,
 )
 from ...mechanisms.flow import Flows, flows
@@ -176,12 +175,6 @@ class IntegerMethod(LayerMethod):
             after = 32 if grid is None else grid.bits
             found.append(Change(weight.name, "bits", 32, after, self.method_name(), note))
         return found
-
-
-def put_grid(weight: Weight, bits: int, steps: Tensor, learned: bool = False) -> None:
-    """Let a weight be integers times a step for each filter."""
-    shape = (-1, *[1] * (weight.value.ndim - 1))
-    encode(weight, StepGrid(bits, steps.view(shape).to(weight.value), learned))
 
 
 def _possible(weight: Weight) -> bool:

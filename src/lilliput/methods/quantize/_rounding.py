@@ -55,7 +55,7 @@ def second_order(rows: Tensor, hessian: Tensor, steps: Tensor, highest: int) -> 
 
 
 def _to_grid(column: int, values: Tensor, steps: Tensor, highest: int) -> Tensor:
-    return (values / steps).round().clamp(-highest, highest) * steps
+    return nearest(values[:, None], steps, highest)[:, 0]
 
 
 def adaptive(

@@ -37,8 +37,8 @@ from ...core.registry import method
 from ...core.run import Run
 from ...core.types import Change
 from ...mechanisms.activations import Quantizer, settle_activations
-from ...mechanisms.encodings import StepGrid
-from ._integers import IntegerMethod, put_grid
+from ...mechanisms.encodings import StepGrid, put_grid
+from ._integers import IntegerMethod
 
 #: By which part of itself a step moves at most, each time the optimizer does.
 _FARTHEST = 0.01

@@ -49,11 +49,11 @@ from ...core.run import Run
 from ...core.select import Weight
 from ...core.types import Batch, Change, Positive
 from ...mechanisms.curvature import as_rows, from_rows, input_hessians
-from ...mechanisms.encodings import original_of
+from ...mechanisms.encodings import original_of, put_grid
 from ...mechanisms.flow import Flow, flows
 from ...mechanisms.solvers import visit_rows
 from ._equalizing import equalize
-from ._integers import IntegerMethod, few, put_grid
+from ._integers import IntegerMethod, few
 from ._rounding import Rounding, adaptive, nearest, second_order
 
 
