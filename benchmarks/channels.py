@@ -50,7 +50,7 @@ RATE, RATE_FROM_SCRATCH = 0.01, 0.1
 def train(epochs: int, rate: float = RATE) -> Train:
     return Train(
         epochs=epochs, optimizer="sgd", lr=rate, momentum=0.9, lr_schedule="cosine",
-        weight_decay=1e-4, precision="bfloat16", channels_last=True,
+        weight_decay=1e-4, precision="auto", channels_last=True,
         evaluate_every=max(1, epochs),
     )  # fmt: skip
 

@@ -45,7 +45,7 @@ PAPER = {"best spectral variant": "92.47 % (reported)"}
 def train(epochs: int) -> Train:
     return Train(
         epochs=epochs, optimizer="adam", lr=1e-3, lr_schedule="cosine", evaluate_every=epochs,
-        precision="bfloat16", channels_last=True,
+        precision="auto", channels_last=True,
     )  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def task() -> Any:
 def train(who: str) -> Train:
     return Train(
         epochs=EPOCHS, optimizer="adam", lr=RATES[who], lr_schedule="cosine", warmup=0.1, clip=10.0,
-        precision="bfloat16", channels_last=True, evaluate_every=EPOCHS,
+        precision="auto", channels_last=True, evaluate_every=EPOCHS,
     )  # fmt: skip
 
 

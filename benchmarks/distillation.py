@@ -68,7 +68,7 @@ class Setting:
         """Adam, for its steps do not grow with the loss: methods weigh their terms from 0.03 to 1,000."""
         return Train(
             epochs=epochs, optimizer="adam", lr=rate * self.lr, lr_schedule="cosine",
-            precision="bfloat16", channels_last=True, evaluate_every=epochs,
+            precision="auto", channels_last=True, evaluate_every=epochs,
         )  # fmt: skip
 
 

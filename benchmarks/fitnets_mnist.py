@@ -111,7 +111,7 @@ class OneStageHint(FeatureMethod):
 def train(epochs: int) -> Train:
     return Train(
         epochs=epochs, optimizer="rmsprop", lr=RATE, lr_schedule="cosine", evaluate_every=epochs,
-        precision="bfloat16", channels_last=True,
+        precision="auto", channels_last=True,
     )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ Methods = list[dict[str, Any]]
 def train(epochs: int, optimizer: str, lr: float, **more: Any) -> Train:
     return Train(
         epochs=epochs, optimizer=optimizer, lr=lr, lr_schedule="cosine", keep="best",
-        precision="bfloat16", channels_last=True, **more,
+        precision="auto", channels_last=True, **more,
     )  # fmt: skip
 
 

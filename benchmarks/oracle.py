@@ -44,7 +44,7 @@ TASKS = {
     "resnet20": TaskSettings(name="cifar10", arguments={"source": "jpeg"}),
 }
 TRAIN = lilliput.Train(
-    epochs=10, lr_schedule="cosine", keep="best", precision="bfloat16", channels_last=True
+    epochs=10, lr_schedule="cosine", keep="best", precision="auto", channels_last=True
 )
 IMAGES = {"lenet_5": 1024, "resnet20": 512}
 DRAWS = 20  # of random scores, of which the table has the mean

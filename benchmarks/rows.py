@@ -24,6 +24,7 @@ from lilliput.api import compress
 from lilliput.core.recipe import Stage
 from lilliput.core.task import Task
 from lilliput.engine.memory import keep_freed_memory
+from lilliput.engine.precision import fast_precision
 from lilliput.engine.records import environment
 from lilliput.errors import LilliputError
 from lilliput.io import load
@@ -141,7 +142,7 @@ def named(home: Path, *parts: Any) -> Path:
 def attempt(do: Callable[[Row], Row], job: Row) -> Row:
     """A job's row; or why it failed, which is told and must not stop the other rows."""
     try:
-        return {**job, **do(job)}
+        return {**job, **do(job), "auto_precision": fast_precision(torch.device("cpu"))}
     except Exception as error:
         if not isinstance(error, LilliputError):
             traceback.print_exc()

@@ -145,7 +145,7 @@ def speech(noise: float | None) -> Task:
 def listen(*methods: dict[str, Any]) -> Stage:
     train = Train(
         epochs=SPEECH_EPOCHS, optimizer="adam", lr=SPEECH_RATE, lr_schedule="cosine", keep="best",
-        precision="bfloat16", channels_last=True,
+        precision="auto", channels_last=True,
     )  # fmt: skip
     return Stage(methods=list(methods), train=train)
 

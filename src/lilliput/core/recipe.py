@@ -66,7 +66,9 @@ class Train(Settings):
         trainable: pattern over module names; everything else stays bit-equal.
         task_weight: factor on the task's loss.
         clip: largest gradient norm; None for no clipping.
-        precision: arithmetic of the forward pass, through torch's autocast.
+        precision: arithmetic of the forward pass, through torch's autocast. ``"auto"`` is bfloat16 on devices
+            that have instructions for it and float32 on others, where bfloat16 would take three times as
+            long; the run's record says which it was.
         channels_last: lay convolutions out with the channels last, which is about twice as fast on a
             processor; not for networks that take their activations apart with ``view``.
         keep: the model of the last epoch, or of the best validation score.
@@ -87,7 +89,7 @@ class Train(Settings):
     trainable: Layers = "*"
     task_weight: NonNegative = 1.0
     clip: Positive | None = None
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     channels_last: bool = False
     keep: Literal["last", "best"] = "last"
     evaluate_every: int = Field(default=1, ge=1)

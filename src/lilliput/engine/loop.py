@@ -19,7 +19,6 @@ This module has the part between ``attach`` and ``finish``; ``execute`` has the 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from ..mechanisms.encodings import reapply, stored_masks
 from ..mechanisms.surgery import last_plan
 from . import distributed
 from .optim import follow, rate, set_rate
+from .precision import autocast
 
 
 class Hooks:
@@ -139,7 +139,7 @@ class Loop:
         run, optimizer = self.run, self.run.optimizer
         assert optimizer is not None and run.network is not None
         optimizer.zero_grad(set_to_none=True)
-        with self._precision():
+        with autocast(self.train.precision, self.run.device):
             forward = self.hooks.forward
             run.output = forward(run) if forward else answer(run.network, run.batch.inputs)
             loss = self.total_loss()
@@ -182,11 +182,6 @@ class Loop:
             return
         self.scaler.step(optimizer)
         self.scaler.update()
-
-    def _precision(self) -> Any:
-        if self.train.precision == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.run.device.type, getattr(torch, self.train.precision))
 
     def _check_finite(self, loss: Tensor) -> None:
         # Looking at the loss makes a GPU wait: there, look now and then.

@@ -26,6 +26,7 @@ import torch
 
 from ..errors import RunConflict
 from .checkpoint import cannot_write, load_tree, save_tree, write_atomically
+from .precision import fast_precision
 
 
 class RunDirectory:
@@ -163,6 +164,9 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
         "cores": os.cpu_count(),
+        "auto_precision": fast_precision(
+            torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        ),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
