@@ -6,6 +6,7 @@ NumPy has no bfloat16, so such a tensor is given, and returned, as the uint16 of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,23 @@ class Coded:
 
     codes: NDArray[np.unsignedinteger]
     codebook: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, values: NDArray[Any], *, frequent_first: bool = False) -> Coded:
+        """The codes of a tensor that has at most 256 values.
+
+        Args:
+            values: of any shape.
+            frequent_first: give code 0 to the value that most entries have, instead of to zero.
+
+        Example:
+            >>> Coded.of(np.array([5.0, 0.0, 5.0])).codebook.tolist()
+            [0.0, 5.0]
+        """
+        table, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        order = np.argsort(-counts if frequent_first else table != 0, kind="stable")
+        codes = np.argsort(order, kind="stable")[inverse].reshape(values.shape)
+        return cls(codes.astype(np.uint8), table[order].astype(np.float32))
 
     def __post_init__(self) -> None:
         if self.codes.dtype not in (np.uint8, np.uint16):

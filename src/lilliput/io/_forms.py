@@ -116,11 +116,7 @@ def _coded(codebook: Codebook, centroids: Tensor, value: Tensor) -> Coded:
 
 
 def _few_values(value: Tensor) -> Coded:
-    """A weight that has at most 256 values, a zero first where there is one."""
-    table, codes = value.detach().cpu().float().unique(return_inverse=True)
-    order = (table != 0).long().argsort(stable=True)
-    place = order.argsort()
-    return Coded(place[codes].numpy().astype(np.uint8), table[order].numpy())
+    return Coded.of(value.detach().cpu().float().numpy())
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray | BFloat16:

@@ -142,10 +142,7 @@ def _sound(holds: bool, what: str) -> None:
 
 def _coded(marks: Tensor) -> Coded:
     """Small integers; the most frequent is code 0, which the sparse codecs leave out."""
-    values, inverse, counts = np.unique(_array(marks), return_inverse=True, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    codes = np.argsort(order, kind="stable")[inverse].astype(np.uint8).reshape(marks.shape)
-    return Coded(codes, values[order].astype(np.float32))
+    return Coded.of(_array(marks), frequent_first=True)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
