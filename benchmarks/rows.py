@@ -82,6 +82,23 @@ class Rows:
         new.replace(self.path)
 
 
+def once(
+    description: str | None,
+    file: Path,
+    measure: Callable[[], list[Row]],
+    table: Callable[[list[Row]], str],
+) -> None:
+    """The ``main`` of a benchmark that takes minutes as a whole: measure, keep, print; or only print."""
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    options.add_argument("--table", action="store_true", help="measure nothing, print the table")
+    if not options.parse_args().table:
+        content = {"environment": environment(), "rows": measure()}
+        file.write_text(json.dumps(content, indent=1) + "\n")
+    print(table(json.loads(file.read_text())["rows"]))
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that all such benchmarks have."""
     found = argparse.ArgumentParser(

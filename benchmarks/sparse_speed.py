@@ -10,17 +10,14 @@ wall clock, on random weights of which some are zero at random places. Below 1 i
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from rows import markdown
+from rows import markdown, once
 from torch import nn
 
 from lilliput.deploy import sparse
-from lilliput.engine.records import environment
 
 FILE = Path(__file__).resolve().parent / "results" / "sparse_speed.json"
 SPARSITIES = (0.8, 0.9, 0.95, 0.99)
@@ -93,14 +90,5 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(head, lines)
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--table", action="store_true", help="measure nothing, print the table")
-    if not options.parse_args().table:
-        content = {"environment": environment(), "rows": measure()}
-        FILE.write_text(json.dumps(content, indent=1) + "\n")
-    print(table(json.loads(FILE.read_text())["rows"]))
-
-
 if __name__ == "__main__":
-    main()
+    once(__doc__, FILE, measure, table)

@@ -2,7 +2,7 @@
 
     python benchmarks/sparsity_curve.py                      # all rows, three seeds
     python benchmarks/sparsity_curve.py --only gradual --seeds 0 --jobs 2
-    python benchmarks/sparsity_curve.py --table
+    python benchmarks/sparsity_curve.py --table              # only print; draws docs/figures
 
 One dense LeNet-300-100 a seed is where all rows start, and every row has the same epochs, optimizer and
 schedule. A row is a method at one sparsity of all weights together. ``gradual + teacher`` is the recipe
@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+from curves import curves
 from rows import Row, Rows, Trained, change, markdown, named, parser, seeded, spread, trained
 
 from lilliput import Stage, Task, Train, compress
@@ -108,6 +110,23 @@ def main() -> None:
     if not options.table:
         done.run_seeds(options, jobs(), do, start)
     print(table(done.read()))
+    print(draw(done.read()))
+
+
+def share_kept(row: Row) -> float:
+    return 100 * row["nonzeros"] / row["parameters"]
+
+
+def draw(done: list[Row]) -> Path:
+    """Accuracy over kept weights, a line a method."""
+    lines: dict[str, list[tuple[float, list[float]]]] = {}
+    for job in jobs():
+        found = [r for r in done if job.items() <= r.items()]
+        if found and job["row"] not in ("dense", "dense_sparse_dense"):
+            point = mean(map(share_kept, found)), [r["score"] for r in found]
+            lines.setdefault(job["row"], []).append(point)
+    dense = mean(r["score"] for r in done if r["row"] == "dense")
+    return curves("sparsity_curve.svg", lines, x="weights kept, %", y="accuracy, %", level=dense)
 
 
 def table(done: list[Row]) -> str:
@@ -116,7 +135,7 @@ def table(done: list[Row]) -> str:
     lines = []
     for job in jobs():
         if found := [r for r in done if job.items() <= r.items()]:
-            share = sum(100 * r["nonzeros"] / r["parameters"] for r in found) / len(found)
+            share = mean(map(share_kept, found))
             scores = spread([r["score"] for r in found])
             lines.append((job["row"], f"{share:.1f}", scores, change(found, dense)))
     return markdown(head, lines)

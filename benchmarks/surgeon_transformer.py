@@ -12,24 +12,21 @@ figure is the cosine similarity between a sentence's embedding before and after,
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gzip
 import importlib.util
 import itertools
-import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from rows import markdown
+from rows import markdown, once
 from torch import Tensor, nn
 
 from lilliput import Stage, Task, Train, compress
 from lilliput.core.select import select
-from lilliput.engine.records import environment
 from lilliput.methods import Magnitude, Surgeon
 from lilliput.testing.stand_ins import stand_in_for_torchvision
 
@@ -136,14 +133,5 @@ def table(rows: list[dict[str, Any]]) -> str:
     ])  # fmt: skip
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--table", action="store_true", help="measure nothing, print the table")
-    if not options.parse_args().table:
-        content = {"environment": environment(), "rows": measure()}
-        FILE.write_text(json.dumps(content, indent=1) + "\n")
-    print(table(json.loads(FILE.read_text())["rows"]))
-
-
 if __name__ == "__main__":
-    main()
+    once(__doc__, FILE, measure, table)
