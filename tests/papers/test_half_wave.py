@@ -15,7 +15,7 @@ from lilliput.core.select import select
 from lilliput.errors import CorruptArtifact, InputError, NothingMatched
 from lilliput.mechanisms.activations import HalfWave as Quantizer
 from lilliput.mechanisms.encodings import Binary, encode, original_of
-from lilliput.methods import FilterL1, HalfWave
+from lilliput.methods import FilterL1, HalfWave, PostTraining
 from lilliput.methods.quantize.half_wave import half_wave_levels, squared_error
 from lilliput.testing import NETWORKS
 
@@ -128,6 +128,13 @@ def test_thinned_afterwards() -> None:
     ).model
     assert model[3].weight.shape[:2] == (4, 3)
     assert all(len(f.unique()) == 2 for f in model[3].weight)
+
+
+def test_what_is_quantized_already_is_told() -> None:
+    first = Stage(methods=[PostTraining()], train=Train(epochs=0))
+    then = Stage(methods=[HalfWave()], train=Train(epochs=1))
+    with pytest.raises(InputError, match=r"integers of 8 bits already.*Leave it out"):
+        lilliput.compress(CNN.build(), CNN.task(), [first, then])
 
 
 def test_what_cannot_be_replaced() -> None:

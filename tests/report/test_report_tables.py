@@ -85,6 +85,8 @@ def test_other_notes() -> None:
     ]
     (note,) = notes(run_of(nonzeros=1000, bytes=410, score_on="validation"))
     assert "no test set" in note
+    (note,) = notes(run_of(nonzeros=1000, bytes=410, simulated=True, latency_ratio=2.5))
+    assert "lilliput export" in note
     (note,) = notes(run_of(nonzeros=1000, bytes=500))
     assert "1.25 times the order-0 entropy" in note
 

@@ -335,6 +335,11 @@ def _quantize_output(module: Any, inputs: Any, output: Any) -> Any:
 
 def _take_place(model: nn.Module, name: str, activation: Activation) -> None:
     old = model.get_submodule(name)
+    if isinstance(old, Quantizer):
+        raise InputError(
+            f"{name}: the network's activations are integers of {old.bits} bits already. Leave it out with "
+            f"'!{name}', or begin with the network before."
+        )
     if any(True for _ in old.parameters()) or any(True for _ in old.buffers()):
         raise InputError(
             f"{name} is a {type(old).__name__} with tensors of its own: only a module without any "

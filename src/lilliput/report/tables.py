@@ -73,7 +73,15 @@ def shared_score_name(runs: Sequence[RunData]) -> str:
 
 def notes(run: RunData) -> list[str]:
     """What a reader of the figures should know and might not see."""
-    candidates = (_on_blocks, _on_zeros, _on_latency, _on_score, _on_coding, _on_files)
+    candidates = (
+        _on_blocks,
+        _on_zeros,
+        _on_latency,
+        _on_simulation,
+        _on_score,
+        _on_coding,
+        _on_files,
+    )
     return [note for candidate in candidates if (note := candidate(run))]
 
 
@@ -123,6 +131,16 @@ def _on_latency(run: RunData) -> str:
         return ""
     reason = run.figures.get("unmeasured", "the run does not say why")
     return f"The latency was not measured: {reason}"
+
+
+def _on_simulation(run: RunData) -> str:
+    if not run.figures.get("simulated"):
+        return ""
+    return (
+        "Activations of few values are simulated in floats, and the latency ratio is that of the simulation. "
+        "`lilliput export` writes the network for a runtime that computes in integers, and `lilliput "
+        "profile --deploy` times it there."
+    )
 
 
 def _on_score(run: RunData) -> str:
