@@ -14,7 +14,6 @@ kept in ``benchmarks/results/channels_NETWORK.json``; killed and started again, 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import json
@@ -23,7 +22,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rows import Row, Rows, Trained, alone, change, markdown, named, parser, spread, trained
+from rows import Row, Rows, Trained, change, markdown, named, parser, spread, trained
 from torch import nn
 
 from lilliput.api import compress
@@ -232,22 +231,11 @@ def main() -> None:
     chosen = options.parse_args()
     done = Rows(HERE / "results" / f"channels_{chosen.network}.json")
     if not chosen.table:
-        run_all(done, chosen)
+        amount = {"images": chosen.images, "epochs": chosen.epochs}
+        jobs = [{"row": row, "budget": left, **amount} for row, left in rows(chosen.network)]
+        with_network = functools.partial(do, network=chosen.network)
+        done.run_seeds(chosen, jobs, with_network, functools.partial(start, chosen.network))
     print(table(chosen.network, done.read()))
-
-
-def run_all(done: Rows, options: argparse.Namespace) -> None:
-    for seed in options.seeds:
-        alone(start, options.network, seed, options.work)
-        amount = {"images": options.images, "epochs": options.epochs}
-        jobs = [
-            {"row": row, "budget": budget, "seed": seed, **amount}
-            for row, budget in rows(options.network)
-            if any(part in row for part in options.only)
-        ]
-        done.run(
-            jobs, functools.partial(do, network=options.network, work=options.work), options.jobs
-        )
 
 
 def table(network: str, done: list[Row]) -> str:
