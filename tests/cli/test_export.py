@@ -24,7 +24,7 @@ def quantized(tmp_path_factory: Any) -> Path:
     recipe = home / "tiny.yaml"
     recipe.write_text(
         "task: {name: digits, limit: 256}\nmodel: digits_cnn\nthreads: 1\nstages:\n"
-        "  - train: {epochs: 1}\n  - methods: [{method: post_training, samples: 64}]\n"
+        "  - train: {epochs: 1}\n  - methods: [{method: post_training, samples: 64, bits: 7}]\n"
         "    train: {epochs: 0}\n"
     )
     assert typed("run", recipe, "--directory", home / "run", "--no-report", "--quiet").code == 0

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import lilliput
 from lilliput.core.types import Batch
-from lilliput.deploy import OnnxNetwork, export, inspect
+from lilliput.deploy import OnnxNetwork, export, inspect, overflows
+from lilliput.deploy.runtime import RUNTIMES
 from lilliput.errors import ExportFailed, InputError, UnknownName
 from lilliput.mechanisms.ranges import noise_ratio
 from lilliput.testing import NETWORKS
@@ -72,6 +73,11 @@ def convolutions() -> nn.Module:
     return net.eval()
 
 
+def integers(net: nn.Module, x: Any) -> nn.Module:
+    """Weights of 7 bits, whose sums overflow on no processor."""
+    return lilliput.quantize(net, [x], bits=7).model
+
+
 def outputs(path: Path, x: Any) -> Tensor:
     found: Tensor = OnnxNetwork(path)(x)
     return found
@@ -79,7 +85,7 @@ def outputs(path: Path, x: Any) -> Tensor:
 
 def test_every_layer_runs_in_integers_and_agrees(tmp_path: Path) -> None:
     net, x = convolutions(), torch.randn(32, 3, 12, 12)
-    small = lilliput.quantize(net, [x]).model
+    small = integers(net, x)
     made = export(small, x[:1], tmp_path / "net.onnx")
     assert made.float_layers == []
     assert made.integer_layers == ["0", "3.conv1", "3.conv2", "4.conv1", "4.conv2", "5", "9"]
@@ -96,7 +102,7 @@ def test_sums_of_blocks_are_integers(tmp_path: Path) -> None:
     import onnx
 
     net, x = convolutions(), torch.randn(32, 3, 12, 12)
-    file = export(lilliput.quantize(net, [x]).model, x, tmp_path / "net.onnx").path
+    file = export(integers(net, x), x, tmp_path / "net.onnx").path
     OnnxNetwork(file, optimized=tmp_path / "run.onnx")
     kinds = [node.op_type for node in onnx.load(str(tmp_path / "run.onnx")).graph.node]
     assert kinds.count("QLinearAdd") == 2
@@ -105,7 +111,7 @@ def test_sums_of_blocks_are_integers(tmp_path: Path) -> None:
 
 def test_products_of_two_activations(tmp_path: Path) -> None:
     net, x = nn.Sequential(Attention(), nn.Linear(16, 3)).eval(), torch.randn(16, 10, 16)
-    small = lilliput.quantize(net, [x]).model
+    small = integers(net, x)
     plain = export(small, x, tmp_path / "plain.onnx")
     assert (inspect(plain.path).integers, inspect(plain.path).floats) == (4, 2)
     made = export(small, x, tmp_path / "net.onnx", products=[Batch(x, None)])
@@ -116,7 +122,7 @@ def test_products_of_two_activations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.name)
-@pytest.mark.parametrize("bits", [8, 3])
+@pytest.mark.parametrize("bits", [7, 3])
 def test_the_tiny_networks(network: Any, bits: int, tmp_path: Path) -> None:
     x = next(iter(network.task().train)).inputs
     small = lilliput.quantize(network.build(), [x], bits=bits).model
@@ -132,13 +138,13 @@ def test_pruned_thin_and_real_networks_export_too(tmp_path: Path) -> None:
         made = export(model, x, tmp_path / f"{name}.onnx")
         assert made.integer_layers == []
         assert (outputs(made.path, x) - model(x)).abs().max() < 1e-5
-    small = lilliput.quantize(thin, [x]).model
+    small = integers(thin, x)
     assert inspect(export(small, x, tmp_path / "small.onnx").path).floats == 0
 
 
 def test_the_network_stays_as_it_is(tmp_path: Path) -> None:
     net, x = convolutions(), torch.randn(4, 3, 12, 12)
-    small = lilliput.quantize(net, [x]).model
+    small = integers(net, x)
     before, out = {k: v.clone() for k, v in small.state_dict().items()}, small(x)
     export(small, x, tmp_path / "net.onnx")
     assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
@@ -174,7 +180,81 @@ def test_filters_that_are_zero_beside_their_bias(tmp_path: Path) -> None:
         net[3].norm1.weight[:3] = 0.0
         net[3].norm1.weight[3] = 1e-12
         net[3].norm1.bias[:4] = torch.tensor([0.7, -0.3, 2.5, 1.0])
-    small = lilliput.quantize(net, [x]).model
+    small = integers(net, x)
     file = export(small, x, tmp_path / "net.onnx").path
     with torch.no_grad():
         assert noise_ratio(small(x), outputs(file, x)) > 30.0
+
+
+def pooled() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 2), nn.Flatten(), nn.Linear(8, 4),
+    ).eval()  # fmt: skip
+
+
+def test_poolings_are_of_integers_in_every_runtime(tmp_path: Path) -> None:
+    import onnx
+
+    net, x = pooled(), torch.randn(16, 3, 14, 14)
+    small = integers(net, x)
+    made = export(small, x, tmp_path / "net.onnx")
+    nodes = onnx.load(str(made.path)).graph.node
+    by_output = {node.output[0]: node.op_type for node in nodes}
+    before = [by_output[n.input[0]] for n in nodes if n.op_type == "MaxPool"]
+    assert before == ["DequantizeLinear"] * 2
+    executed = inspect(made.path)
+    assert (executed.integers, executed.floats) == (4, 0)
+    with torch.no_grad():
+        assert noise_ratio(small(x), outputs(made.path, x)) > 30.0
+
+
+def test_a_pooling_that_others_read_in_real_numbers_stays_as_it_is(tmp_path: Path) -> None:
+    import onnx
+
+    file = export(pooled(), torch.randn(2, 3, 14, 14), tmp_path / "net.onnx").path
+    kinds = {node.op_type for node in onnx.load(str(file)).graph.node}
+    assert "MaxPool" in kinds
+    assert "QuantizeLinear" not in kinds
+
+
+class Words(nn.Module):
+    """Two tables and a layer; one row is all zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(2000, 16, padding_idx=0)
+        self.places = nn.Embedding(7, 16)
+        self.out = nn.Linear(16, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1])
+        return self.out(self.words(tokens) + self.places(places))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_tables_are_stored_as_bytes(runtime: str, tmp_path: Path) -> None:
+    pytest.importorskip(runtime)
+    net, tokens = Words().eval(), torch.arange(14).view(2, 7)
+    plain = export(net, tokens, tmp_path / "plain.onnx")
+    made = export(net, tokens, tmp_path / "net.onnx", tables=True)
+    assert plain.tables == []
+    assert made.tables == ["words", "places"]
+    assert plain.bytes - made.bytes > 2000 * 16 * 3 - 2000 * 4 - 4000  # steps; operators
+    with torch.no_grad():
+        found = RUNTIMES[runtime](made.path)(tokens.flip(1))
+        assert 30.0 < noise_ratio(net(tokens.flip(1)), found) < 70.0
+
+
+def test_sums_of_seven_bits_are_right_where_those_of_eight_overflow(tmp_path: Path) -> None:
+    net, x = nn.Sequential(nn.Linear(64, 4, bias=False)), torch.ones(2, 64)
+    nn.init.ones_(net[0].weight)  # type: ignore[arg-type]
+    for bits in (7, 8):
+        small = lilliput.quantize(
+            net, [torch.rand(8, 64), x], bits=bits, calibration="minmax"
+        ).model
+        found = outputs(export(small, x, tmp_path / "net.onnx").path, x)
+        right = bool((found - 64.0).abs().max() < 1.0)
+        assert right == (bits == 7 or not overflows())
+    with pytest.raises(UnknownName, match="tflite"):
+        overflows("tflite")

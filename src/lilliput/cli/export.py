@@ -38,6 +38,7 @@ def export(
     weights: Path | None = None,
     against: Path | None = None,
     products: bool = False,
+    tables: bool = False,
     threads: int = 1,
     json: bool = False,
 ) -> int:
@@ -57,6 +58,7 @@ def export(
             run directory has one for each stage, in stages.
         products: make products of two activations, as in attention, integers too, measured on the
             task's training batches.
+        tables: store embeddings as bytes, a step for each row.
         threads: of the runtimes.
         json: print one JSON object.
     """
@@ -74,6 +76,7 @@ def export(
             inputs=inputs,
             reference=before,
             products=_calibration(job) if products else None,
+            tables=tables,
             threads=threads,
         )
     if json:
@@ -97,11 +100,13 @@ def _render(made: Deployment) -> str:
         f"the same network in float",
         f"{inside} of {inside + len(exported.float_layers)} layers have integer weights and inputs"
         + (f"; in float: {', '.join(exported.float_layers[:8])}" if exported.float_layers else ""),
+        *([f"{len(exported.tables)} embeddings are stored as bytes"] if exported.tables else []),
         f"{len(exported.folded)} batch normalizations are multiplied into the layers before them",
     ]
     if made.score is not None:
         lines.append(f"{made.score:.2f} {made.score_name} as the network itself computes")
-    return "\n\n".join(["\n".join(lines), _runtimes(made), _noise(made.noise)])
+    parts = ["\n".join(lines), _runtimes(made), *_overflows(made), _noise(made.noise)]
+    return "\n\n".join(parts)
 
 
 def _runtimes(made: Deployment) -> str:
@@ -127,6 +132,15 @@ def _runtimes(made: Deployment) -> str:
         for r in made.runtimes
     ]
     return columns([head, *rows], right=range(1, len(head)))
+
+
+def _overflows(made: Deployment) -> list[str]:
+    found = [r.runtime for r in made.runtimes if r.overflows and r.executed.integers]
+    told = (
+        f"On this processor sums of products of bytes overflow in {' and '.join(found)}. If the score or the "
+        "agreement is too low, quantize with weights of 7 bits (bits: 7), whose sums fit."
+    )
+    return [told] if found else []
 
 
 def _noise(noise: dict[str, float]) -> str:

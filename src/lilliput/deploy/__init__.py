@@ -7,6 +7,7 @@ runtime that is installed. ``sparse`` skips the zeros of pruned layers where tha
 from .csr import Decision, SparseNetwork, sparse
 from .deployment import Deployment, InRuntime, deploy
 from .onnx import Exported, export
+from .overflow import overflows
 from .runtime import Executed, OnnxNetwork, OpenvinoNetwork, inspect, installed
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "export",
     "inspect",
     "installed",
+    "overflows",
     "sparse",
 ]

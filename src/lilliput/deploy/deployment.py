@@ -26,6 +26,7 @@ from ..mechanisms.activations import quantizer_at, remove_quantizer, replaced_ac
 from ..mechanisms.encodings import bake
 from ..mechanisms.ranges import noise_ratio
 from .onnx import Exported, export
+from .overflow import overflows
 from .runtime import RUNTIMES, Executed, inspect, installed, tensors_of
 
 
@@ -40,6 +41,8 @@ class InRuntime:
         agreement: the network's outputs over their difference to the runtime's, in decibels.
         ratio: median time for one sample over that of the same network in float, in the same runtime.
         seconds: median time for one sample.
+        overflows: whether sums of products of bytes overflow there, on this processor; then weights of 8
+            bits cost accuracy, and weights of 7 bits do not. See :mod:`.overflow`.
     """
 
     runtime: str
@@ -48,6 +51,7 @@ class InRuntime:
     agreement: float
     ratio: float
     seconds: float
+    overflows: bool
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def deploy(
     inputs: Any = None,
     reference: nn.Module | None = None,
     products: Iterable[Batch] | None = None,
+    tables: bool = False,
     threads: int = 1,
     seconds: float = 1.0,
 ) -> Deployment:
@@ -98,6 +103,7 @@ def deploy(
         reference: the network before it was quantized; by default the same one without quantizers, whose
             weights are rounded all the same.
         products: batches for products of two activations; see :func:`.onnx.export`.
+        tables: store embeddings as integers; see there.
         threads: of the runtimes.
         seconds: of timing, a runtime.
 
@@ -110,7 +116,7 @@ def deploy(
     """
     given = example(task, inputs)
     plain = without_integers(model)
-    exported = export(model, given, path, products=products)
+    exported = export(model, given, path, products=products, tables=tables)
     with tempfile.TemporaryDirectory() as folder:
         dense = export(plain, given, Path(folder) / "float.onnx")
         runtimes = [
@@ -160,5 +166,11 @@ def _in_runtime(
         )
     own = timed.models["integer"]
     return InRuntime(
-        name, inspect(file, name), score, agreement, own.ratio.median, own.seconds.median
+        name,
+        inspect(file, name),
+        score,
+        agreement,
+        own.ratio.median,
+        own.seconds.median,
+        overflows(name),
     )

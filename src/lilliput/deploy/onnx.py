@@ -33,7 +33,9 @@ from ..errors import ExportFailed, InputError
 from ..mechanisms.activations import Quantizer, quantizer_at, replaced_activations
 from ..mechanisms.encodings import StepGrid, bake, encoding_of
 from ..mechanisms.flow import flows
+from ..mechanisms.ranges import steps_of
 from . import _operators
+from ._poolings import quantize_before_poolings
 from .products import quantize_products
 
 #: The version of ONNX's operators.
@@ -55,6 +57,7 @@ class Exported:
         float_layers: names of the other linear layers and convolutions.
         folded: batch normalization -> the layer that it was multiplied into.
         products: of two activations that are of integers.
+        tables: names of the embeddings whose rows are integers.
     """
 
     path: Path
@@ -63,6 +66,7 @@ class Exported:
     float_layers: list[str]
     folded: dict[str, str]
     products: list[str]
+    tables: list[str]
 
 
 def export(
@@ -71,6 +75,7 @@ def export(
     path: str | PathLike[str],
     *,
     products: Iterable[Batch] | None = None,
+    tables: bool = False,
 ) -> Exported:
     """Write a network as an ONNX file with any batch size.
 
@@ -81,6 +86,8 @@ def export(
         path: of the file; replaced whole or not at all.
         products: batches on which ranges of the factors are measured that are both activations, as in
             attention; these products then are of integers too. See :mod:`.products`.
+        tables: store embeddings as signed bytes with a step for each row, which in small language models are
+            most of the file. No runtime is faster for it, and the network does not know of it.
 
     Returns:
         What was written.
@@ -99,6 +106,7 @@ def export(
     _operators.require("onnx", "onnxscript")
     path = Path(path)
     twin, folded = deployable(model, inputs)
+    stored = _store_tables(twin) if tables else []
     _save(_traced(twin, inputs), path)
     multiplied = [] if products is None else quantize_products(path, products)
     integer = [n for n, m in twin.named_modules() if isinstance(m, IntegerLayer) and m.before]
@@ -110,10 +118,12 @@ def export(
         [n for n in real if n not in integer],
         folded,
         multiplied,
+        stored,
     )
 
 
 def _save(program: Any, path: Path) -> None:
+    quantize_before_poolings(program.model.graph)
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # where in the source it came from: half of a small file
     _operators.replace_file(path, program.save)
@@ -234,6 +244,40 @@ class IntegerLayer(nn.Module):
                 return type(layer).forward(layer, self._quantized(inputs))
         finally:
             layer.weight = layer.bias = None
+
+
+class IntegerTable(nn.Module):
+    """An embedding as it is exported; only the rows that are looked up become real numbers.
+
+    Args:
+        layer: whose rows are stored.
+    """
+
+    integers: Tensor
+    steps: Tensor
+
+    def __init__(self, layer: nn.Embedding) -> None:
+        super().__init__()
+        steps = steps_of(layer.weight.detach(), 8, "max")[:, None]
+        self.register_buffer("integers", (layer.weight.detach() / steps).round().to(torch.int8))
+        self.register_buffer("steps", steps)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """The rows of these numbers."""
+        rows = F.embedding(indices, self.integers).to(self.steps)
+        return rows * F.embedding(indices, self.steps)
+
+
+def _store_tables(twin: nn.Module) -> list[str]:
+    """Put integers in the place of embeddings; those that rescale what they look up stay."""
+    tables = {
+        name: module
+        for name, module in twin.named_modules()
+        if isinstance(module, nn.Embedding) and module.max_norm is None and _plain(module)
+    }
+    for name, table in tables.items():
+        twin.set_submodule(name, IntegerTable(table))
+    return list(tables)
 
 
 class _Before(TorchFunctionMode):
