@@ -17,7 +17,7 @@ from lilliput.artifact.codecs.deep_compression import relative_index
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from squeezenet_file import FILE, authors_layers, same, tensors  # noqa: E402
+from squeezenet_file import FILE, authors_layers, same, tensors
 
 pytestmark = [
     pytest.mark.data,

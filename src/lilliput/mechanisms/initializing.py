@@ -16,7 +16,7 @@ from ..core import registry
 from ..core.select import weights
 from ..errors import InputError
 from .encodings import Encoding
-from .factors import Factors
+from .factors import Factors, Fire
 from .structure import apply_structure, structure_of
 
 
@@ -75,9 +75,10 @@ def _built_anew(model: nn.Module, origin: dict[str, Any]) -> nn.Module:
     build = registry.load("architecture", origin["architecture"])
     fresh: nn.Module = build(**origin["arguments"])
     apply_structure(fresh, structure_of(model))
-    for chain in (module for module in fresh.modules() if isinstance(module, Factors)):
-        for layer in (part for part in chain if not isinstance(part, Factors)):
-            layer.reset_parameters()  # type: ignore[operator]  # it has only zeros yet
+    for made in (module for module in fresh.modules() if isinstance(module, Factors | Fire)):
+        for layer in made.children():
+            if hasattr(layer, "reset_parameters"):  # no chain inside; it has only zeros yet
+                layer.reset_parameters()  # type: ignore[operator]
     return fresh
 
 

@@ -101,7 +101,6 @@ def everywhere(sizes: list[int], batch: int) -> tuple[Tensor, Tensor]:
     return torch.arange(batch).repeat_interleave(len(places)), places.repeat(batch, 1)
 
 
-@torch.no_grad()
 def visit_rows(
     model: nn.Module,
     layers: Iterable[str],
@@ -126,16 +125,36 @@ def visit_rows(
         once: take each position once where there are no more than ``per_sample``.
     """
 
+    def look(name: str, layer: nn.Module, inputs: Tensor) -> None:
+        sizes = output_sizes(layer, inputs)
+        if once and math.prod(sizes) <= per_sample:
+            sample, place = everywhere(sizes, len(inputs))
+        else:
+            sample, place = draw(sizes, len(inputs), per_sample, generator)
+        use(name, rows(layer, inputs, sample.to(inputs.device), place.to(inputs.device)))
+
+    visit_inputs(model, layers, batches, look)
+
+
+@torch.no_grad()
+def visit_inputs(
+    model: nn.Module,
+    layers: Iterable[str],
+    batches: Iterable[Batch],
+    use: Callable[[str, nn.Module, Tensor], None],
+) -> None:
+    """Run the model over calibration batches, in eval mode, and hand on what some layers get.
+
+    Args:
+        model: left as it is, as by :func:`visit_rows`.
+        layers: names of :func:`solvable` layers.
+        batches: on the model's device.
+        use: called with the layer's name, the layer, and its input, which has a batch dim.
+    """
+
     def hook(name: str) -> Callable[..., None]:
         def look(layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            inputs = args[0] if args else keywords["input"]
-            inputs = _batched(layer, inputs)
-            sizes = output_sizes(layer, inputs)
-            if once and math.prod(sizes) <= per_sample:
-                sample, place = everywhere(sizes, len(inputs))
-            else:
-                sample, place = draw(sizes, len(inputs), per_sample, generator)
-            use(name, rows(layer, inputs, sample.to(inputs.device), place.to(inputs.device)))
+            use(name, layer, _batched(layer, args[0] if args else keywords["input"]))
 
         return look
 

@@ -9,6 +9,8 @@ The channels in between are the *ranks*. A kind of chain says which dims of the 
     tucker    1 x 1, then K x K, then 1 x 1: two ranks
     cp        1 x 1, then K x 1 and 1 x K with every channel by itself, then 1 x 1
 
+A fire module (``fire.py``) takes a layer's place in the same way, and is no chain: a rectifier is inside.
+
 Bias, stride, padding, dilation and groups are those of the layer; in a grouped convolution every group has
 a chain of its own, all of the same ranks. The modules themselves remember kind and ranks, so that copies,
 checkpoints and the compressed file can rebuild the chains in a fresh instance of the user's class.
@@ -30,12 +32,14 @@ from .chains import (
     full_ranks,
     numbers,
 )
+from .fire import Fire, fire_for, why_no_fire
 from .modules import Factors, thin, why_not
-from .networks import factorize, factorize_as, factors_of, multiplied
+from .networks import factorize, factorize_as, factors_of, multiplied, put_fire
 
 __all__ = [
     "KINDS",
     "Factors",
+    "Fire",
     "Kind",
     "Link",
     "Ranks",
@@ -46,9 +50,12 @@ __all__ = [
     "factorize",
     "factorize_as",
     "factors_of",
+    "fire_for",
     "full_ranks",
     "multiplied",
     "numbers",
+    "put_fire",
     "thin",
+    "why_no_fire",
     "why_not",
 ]

@@ -112,12 +112,17 @@ def _together(links: list[Any]) -> Any:
     return named or _over(links, "padding", sum)
 
 
+def plain_kind(layer: nn.Module) -> type[Any] | None:
+    """Torch's own class of linear layers or convolutions that a layer is one of."""
+    return next((each for each in _PLAIN if isinstance(layer, each)), None)
+
+
 def why_not(layer: nn.Module, kind: str) -> str:
     """Why a layer cannot become a chain of that kind; empty where it can."""
     name = type(layer).__name__.removeprefix("Parametrized")
     if isinstance(layer, _TRANSPOSED):
         return f"it is transposed ({name}), for which there are no chains"
-    plain = next((each for each in _PLAIN if isinstance(layer, each)), None)
+    plain = plain_kind(layer)
     if plain is None:
         return f"it is a {name}, and neither linear nor a convolution"
     if not _as_usual(layer, plain):
@@ -192,8 +197,7 @@ def _thin_layer(layer: Any, link: Link, last: bool) -> nn.Module:
             _PLAIN[len(link.kernel)], groups * link.enters, groups * link.leaves, link.kernel,
             _own(link, layer.stride, 1), _padding(layer, link), _own(link, layer.dilation, 1), **options,
         )  # fmt: skip
-    trains = weight.requires_grad if isinstance(weight, nn.Parameter) else _trains(layer)
-    nn.init.zeros_(made.weight).requires_grad_(trains)  # type: ignore[arg-type]
+    nn.init.zeros_(made.weight).requires_grad_(trains(layer))  # type: ignore[arg-type]
     return made
 
 
@@ -208,6 +212,8 @@ def _padding(layer: Any, link: Link) -> Any:
     return _own(link, layer.padding, 0)
 
 
-def _trains(layer: Any) -> bool:
-    """Whether anything trains of a weight that is encoded."""
+def trains(layer: Any) -> bool:
+    """Whether the weight of a layer trains; of one that is encoded, anything of it."""
+    if isinstance(layer.weight, nn.Parameter):
+        return layer.weight.requires_grad
     return any(p.requires_grad for p in layer.parametrizations["weight"].parameters())

@@ -1,4 +1,4 @@
-"""Chains in networks: put in the place of a layer, described, and rebuilt from a description."""
+"""Chains and fire modules in networks: put in the place of a layer, described, rebuilt from a description."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from ..activations import (
 from ..surgery.modules import find_module, within
 from ..surgery.transaction import transaction
 from .chains import KINDS, Ranks
+from .fire import FIRE, Fire, fire_for
 from .modules import Factors, thin
-from .records import move_pack, move_plans
+from .records import move_pack, move_plans, move_plans_to_fire
 
 #: Chains in a description, and how deep one may lie inside of others: each may double the layer's weights.
 _MOST, _DEEPEST = 1 << 12, 3
@@ -56,32 +57,68 @@ def factorize(
         >>> net[0].weight.shape, factors_of(net)
         (torch.Size([6, 8]), {'0': {'kind': 'svd', 'ranks': [2]}})
     """
-    layer = find_module(model, name) if name else None
-    if layer is None:
-        raise InputError(
-            f"there is no layer {name!r} inside of {type(model).__name__} that could become a chain. A "
-            "network that is nothing but one layer: put it into an nn.Sequential first."
-        )
+    layer = _layer_inside(model, name)
     try:
         factors = thin(layer, kind, ranks)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
+    ends = {
+        f"{name}:input": f"{name}.0:input",
+        f"{name}:output": f"{name}.{len(factors) - 1}:output",
+    }
     with transaction(model), torch.no_grad():
         if weights is not None:
             for part, weight in zip(factors, weights, strict=True):
                 part.weight.copy_(weight)  # type: ignore[operator]
         move_plans(model, name, layer, factors)
         move_pack(model, name, factors)
-        _take_place(model, name, layer, factors)
+        _take_place(model, name, layer, factors, ends)
     return factors
 
 
+def put_fire(model: nn.Module, name: str, fire: Fire) -> None:
+    """Put a fire module in the place of a convolution, wherever the network holds it.
+
+    What is kept of the layer is what :func:`factorize` keeps.
+
+    Args:
+        model: changed in place.
+        name: of the convolution inside it.
+        fire: made for it by :func:`~lilliput.mechanisms.factors.fire.fire_for`.
+
+    Raises:
+        InputError: there is no such layer, or a file could not rebuild it; the network is as it was.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(8, 6, 3, padding=1))
+        >>> put_fire(net, "0", fire_for(net[0], (2, 3)))
+        >>> factors_of(net)
+        {'0': {'kind': 'fire', 'ranks': [2, 3]}}
+    """
+    layer = _layer_inside(model, name)
+    with transaction(model), torch.no_grad():
+        move_plans_to_fire(model, name, fire)
+        move_pack(model, name, fire)
+        ends = {f"{name}:input": f"{name}:input", f"{name}:output": f"{name}:output"}
+        _take_place(model, name, layer, fire, ends)
+
+
+def _layer_inside(model: nn.Module, name: str) -> nn.Module:
+    layer = find_module(model, name) if name else None
+    if layer is None:
+        raise InputError(
+            f"there is no layer {name!r} inside of {type(model).__name__} that could become a chain. A "
+            "network that is nothing but one layer: put it into an nn.Sequential first."
+        )
+    return layer
+
+
 def factors_of(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Which layers have become chains, as plain JSON values: name -> kind and ranks."""
+    """Which layers have become chains or fire modules, as plain JSON values: name -> kind and ranks."""
     return {
         name: {"kind": module.kind, "ranks": list(module.ranks)}
         for name, module in model.named_modules()
-        if isinstance(module, Factors)
+        if isinstance(module, Factors | Fire)
     }
 
 
@@ -98,13 +135,17 @@ def factorize_as(model: nn.Module, described: Any) -> None:
     with transaction(model):
         for name in sorted(wanted, key=lambda n: n.count(".")):  # a chain before those inside of it
             known = find_module(model, name)
-            if not isinstance(known, Factors) or (known.kind, known.ranks) != wanted[name]:
+            made = isinstance(known, Factors | Fire)
+            if not made or (known.kind, known.ranks) != wanted[name]:  # type: ignore[union-attr]
                 _rebuild(model, name, *wanted[name])
 
 
 def _rebuild(model: nn.Module, name: str, kind: str, ranks: Ranks) -> None:
     try:
-        factorize(model, name, kind, ranks)
+        if kind == FIRE:
+            put_fire(model, name, fire_for(_layer_inside(model, name), ranks))
+        else:
+            factorize(model, name, kind, ranks)
     except InputError as error:
         raise ModelMismatch(
             f"this {type(model).__name__} is not the network in which {name!r:.80} is a chain of kind "
@@ -118,7 +159,7 @@ def _read(name: str, described: Mapping[str, Any]) -> tuple[str, Ranks]:
         kind, ranks = entry["kind"], entry["ranks"]
         parts = name.split(".")
         around = sum(".".join(parts[:depth]) in described for depth in range(1, len(parts)))
-        sound = kind in KINDS and isinstance(ranks, list) and around <= _DEEPEST
+        sound = kind in (*KINDS, FIRE) and isinstance(ranks, list) and around <= _DEEPEST
         if sound and all(type(rank) is int and 0 < rank < 1 << 31 for rank in ranks):
             return kind, tuple(ranks)
     raise CorruptArtifact(
@@ -146,12 +187,18 @@ def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[leaf] = new
 
 
-def _take_place(model: nn.Module, name: str, layer: nn.Module, factors: Factors) -> None:
-    """Let the chain stand where the layer stood, and hear what was hooked on it."""
-    ends = {
-        f"{name}:input": f"{name}.0:input",
-        f"{name}:output": f"{name}.{len(factors) - 1}:output",
-    }
+def _take_place(
+    model: nn.Module, name: str, layer: nn.Module, factors: nn.Module, ends: Mapping[str, str]
+) -> None:
+    """Let the chain stand where the layer stood, and hear what was hooked on it.
+
+    Args:
+        model: changed in place.
+        name: of the layer.
+        layer: what stands there.
+        factors: what will.
+        ends: where the layer's quantizers were -> where they will be.
+    """
     quantizers = {
         place: quantizer_at(model, place) for place in ends if place in replaced_activations(model)
     }
@@ -166,7 +213,7 @@ def _take_place(model: nn.Module, name: str, layer: nn.Module, factors: Factors)
     _keep_apart(model, name, factors)
 
 
-def _keep_apart(model: nn.Module, name: str, factors: Factors) -> None:
+def _keep_apart(model: nn.Module, name: str, factors: nn.Module) -> None:
     """Keep torch from running a transformer's layer as one operator, on the composed weights."""
     for path, module in model.named_modules():
         if not within([path])(name) and path:

@@ -1,4 +1,4 @@
-"""What a network knows of a layer beside its tensors, moved to the chain that takes the layer's place."""
+"""What a network knows of a layer beside its tensors, moved to the chain or fire module in its place."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..packing import Pack, pack_of, set_pack
 from ..surgery.modules import within
 from ..surgery.plan import Plan, last_plan, remember
 from .chains import Link, Shape, chain
+from .fire import Fire
 from .modules import Factors
 
 
@@ -62,6 +63,40 @@ def _moved(plan: Plan, name: str, layer: nn.Module, links: list[Link]) -> Plan:
     return replace(plan, kept=tensors(plan.kept), attributes=attributes, sizes=tensors(plan.sizes))
 
 
+def move_plans_to_fire(model: nn.Module, name: str, fire: Fire) -> None:
+    """Let plans say of a fire module what they said of the layer, and the module what whole one it was.
+
+    The filters of the whole layer before the first one that has a kernel now are those that would be 1 x 1.
+    """
+    for path, module in model.named_modules():
+        plan = last_plan(module)
+        if plan is not None and (not path or within([path])(name)):
+            remember(module, _moved_to_fire(plan, name.removeprefix(f"{path}."), fire))
+
+
+def _moved_to_fire(plan: Plan, name: str, fire: Fire) -> Plan:
+    mine = within([name])
+    kept = plan.kept.get(f"{name}.weight", {})
+    sizes = plan.sizes.get(f"{name}.weight", {})
+    if any(map(mine, plan.attributes)) or kept.keys() - {0, 1} or kept.keys() - sizes.keys():
+        raise _cannot_follow(name)
+    stays = {tensor: dict(dims) for tensor, dims in plan.kept.items() if not mine(tensor)}
+    whole = {tensor: dict(dims) for tensor, dims in plan.sizes.items() if not mine(tensor)}
+
+    def say(tensor: str, dim: int, index: Any, size: int) -> None:
+        stays[f"{name}.{tensor}"], whole[f"{name}.{tensor}"] = {dim: index}, {dim: size}
+
+    if 1 in kept:
+        say("squeeze.weight", 1, kept[1], sizes[1])
+    if 0 in kept:
+        index, ones = kept[0], int(kept[0][fire.expand1x1.out_channels])  # type: ignore[index]
+        fire.ranks = (fire.ranks[0], sizes[0] - ones)
+        for leaf in ("weight", "bias"):
+            say(f"expand1x1.{leaf}", 0, index[index < ones], ones)
+            say(f"expand3x3.{leaf}", 0, index[index >= ones] - ones, sizes[0] - ones)
+    return replace(plan, kept=stays, sizes=whole)
+
+
 def _refuse_changed(plan: Plan, name: str, layer: Any) -> None:
     """Raise where a layer has lost something that a chain could not lose in the same way."""
     groups = getattr(layer, "groups", 1)
@@ -79,7 +114,7 @@ def _cannot_follow(name: str) -> InputError:
     )
 
 
-def move_pack(model: nn.Module, name: str, factors: Factors) -> None:
+def move_pack(model: nn.Module, name: str, factors: nn.Module) -> None:
     """Let the only task of a network own the thin layers as it owned the layer, all of their weights."""
     pack = pack_of(model)
     if pack is None:

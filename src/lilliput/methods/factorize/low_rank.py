@@ -79,6 +79,7 @@ from ...mechanisms.packing import pack_of
 from ...mechanisms.surgery import transaction
 from ._calibration import Visit, output_errors, output_moments, refitted, visiting
 from ._decompositions import CLOSED, decompose, projected, relative_error
+from ._others import refuse_others
 from ._ranks import Place, by_energy, measure_work, options, variational_ranks
 from ._spending import Offer, spend
 
@@ -252,14 +253,8 @@ class LowRank(LayerMethod):
         return ranks  # type: ignore[return-value]
 
     def _refuse_others(self, run: Run, places: list[Place]) -> None:
-        """Encodings of an earlier stage are taken off; other methods of this one hold layers by name."""
-        before = run.methods[: next(n for n, m in enumerate(run.methods) if m is self)]
-        encoded = any(place.weight.encodings() for place in places)
-        for other in (m for m in before if m.changes_model and (encoded or not m.initializes)):
-            raise InputError(
-                f"low_rank: {other.method_name()} has chosen its layers already, and some would make room "
-                "for chains. List low_rank before it, or give each a stage of its own."
-            )
+        """What cannot go together with chains."""
+        refuse_others(self, run, any(place.weight.encodings() for place in places))
         recurrent = [place.name for place in places if place.encoded]
         if recurrent and pack_of(run.model) is not None:
             raise InputError(
