@@ -21,6 +21,7 @@ from lilliput.core.select import select
 from lilliput.core.types import Batch
 from lilliput.engine.progress import Watcher
 from lilliput.errors import InputError
+from lilliput.mechanisms import scalar_quantizers
 from lilliput.mechanisms.clustering import kmeans
 from lilliput.mechanisms.curvature import diagonal, one_by_one, second_moments
 from lilliput.mechanisms.encodings import Codebook, encode, encoding_of, original_of, share_codebook
@@ -72,6 +73,17 @@ def test_it_beats_k_means_at_the_same_entropy() -> None:
             assert entropy(plain.codes.astype(np.int64)) > entropy(ecsq.codes)
             return
     raise AssertionError("no k-means was as good")
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.01])
+def test_cells_of_many_values_lead_to_the_same_codebook(penalty: float, monkeypatch: Any) -> None:
+    w, h = drawn(20_000)
+    h[:100] = 0.0
+    whole = entropy_constrained(w, h, 32, penalty)
+    monkeypatch.setattr(scalar_quantizers, "LIMIT", 100)
+    found = entropy_constrained(w, h, 32, penalty)
+    assert len(found.codes) == len(w)
+    assert found.history[-1] == pytest.approx(whole.history[-1], rel=0.01)
 
 
 def test_unit_curvature_is_plain_k_means_and_none_at_all_moves_nothing() -> None:

@@ -23,6 +23,17 @@ from ..errors import InputError
 from .clustering import kmeans
 
 _CHUNK = 1 << 15  # values whose distances to all centers are in memory at once
+#: Of more values than this the turns are taken on cells of nearly equal ones.
+LIMIT = 1 << 20
+_PLACES, _OCTAVES = 8192, 32  # of values, of curvatures; in all at most so many cells
+
+
+class _Points(NamedTuple):
+    """Values, their curvature, and how many each of them stands for."""
+
+    w: NDArray[np.float64]
+    h: NDArray[np.float64]
+    counts: NDArray[np.float64]
 
 
 class Quantized(NamedTuple):
@@ -31,7 +42,8 @@ class Quantized(NamedTuple):
     Attributes:
         centroids: float64, ascending, none without a value.
         codes: int64, for every value.
-        history: ``D + lambda H`` after each half step, which never rises.
+        history: ``D + lambda H`` after each half step, which never rises; of more than :data:`LIMIT` values
+            that of the cells, and in the end of the values.
     """
 
     centroids: NDArray[np.float64]
@@ -71,22 +83,22 @@ def entropy_constrained(
     """
     w, h = _checked(values, curvature)
     price = penalty * float(np.mean(h * w * w))
-    start = kmeans(w, clusters, init="linear", weights=h)
-    centroids, codes = start.centroids.astype(np.float64), start.codes.astype(np.int64)
+    every = _Points(w, h, np.ones(len(w)))
+    points = every if len(w) <= LIMIT else _cells(w, h)
+    centroids = kmeans(w, clusters, init="linear", weights=h).centroids.astype(np.float64)
+    codes = _assigned(points, centroids, np.zeros(len(centroids)))
     history: list[float] = []
     for _ in range(iterations):
-        shares = np.bincount(codes, minlength=len(centroids)) / len(w)
-        centroids, shares, codes = _occupied(centroids, shares, codes)
-        centroids = _means(w, h, codes, centroids)
-        history.append(_objective(w, h, centroids, codes, shares, price))
-        codes = _assigned(w, h, centroids, price * -np.log2(shares))
-        history.append(_objective(w, h, centroids, codes, shares, price))
+        centroids, shares, codes = _settled(points, codes, centroids)
+        history.append(_objective(points, centroids, codes, shares, price))
+        codes = _assigned(points, centroids, price * -np.log2(shares))
+        history.append(_objective(points, centroids, codes, shares, price))
         if len(history) > 3 and history[-3] - history[-1] <= tolerance * history[-1]:
             break
-    shares = np.bincount(codes, minlength=len(centroids)) / len(w)
-    centroids, shares, codes = _occupied(centroids, shares, codes)
-    centroids = _means(w, h, codes, centroids)
-    history.append(_objective(w, h, centroids, codes, shares, price))
+    if points is not every:
+        codes = _assigned(every, centroids, price * -np.log2(shares))
+    centroids, shares, codes = _settled(every, codes, centroids)
+    history.append(_objective(every, centroids, codes, shares, price))
     order = np.argsort(centroids)
     return Quantized(centroids[order], np.argsort(order)[codes], history)
 
@@ -104,10 +116,10 @@ def uniform(values: ArrayLike, curvature: ArrayLike, step: float) -> Quantized:
         [0.1, 1.0, 2.0]
     """
     w, h = _checked(values, curvature)
+    points = _Points(w, h, np.ones(len(w)))
     bins, codes = np.unique(np.rint(w / step), return_inverse=True)
-    centroids = _means(w, h, codes, bins * step)
-    shares = np.bincount(codes) / len(w)
-    return Quantized(centroids, codes, [_objective(w, h, centroids, codes, shares, 0.0)])
+    centroids, shares, codes = _settled(points, codes, bins * step)
+    return Quantized(centroids, codes, [_objective(points, centroids, codes, shares, 0.0)])
 
 
 def entropy(codes: NDArray[np.int64]) -> float:
@@ -134,52 +146,64 @@ def _checked(
     return w, h
 
 
-def _occupied(
-    centroids: NDArray[np.float64], shares: NDArray[np.float64], codes: NDArray[np.int64]
+def _cells(w: NDArray[np.float64], h: NDArray[np.float64]) -> _Points:
+    """Values that lie close together and have a curvature of the same octave, as one.
+
+    Close together for what they are: places are ever wider beyond the root of the mean square.
+    """
+    bent = np.arcsinh(w / np.sqrt(np.mean(w * w)))
+    low, high = float(bent.min()), float(bent.max())
+    place = ((bent - low) * ((_PLACES - 1) / max(high - low, 1e-300))).astype(np.int64)
+    octave = np.minimum(np.frexp(h.max())[1] - np.frexp(h)[1], _OCTAVES - 1)
+    cell = place * (_OCTAVES + 1) + np.where(h > 0, octave, _OCTAVES)
+    counts, weight = np.bincount(cell), np.bincount(cell, h)
+    full, bare = counts > 0, weight == 0
+    mean = np.bincount(cell, w * np.where(bare[cell], 1.0, h))
+    mean = mean[full] / np.where(bare, counts, weight)[full]
+    return _Points(mean, (weight[full] / counts[full]), counts[full].astype(np.float64))
+
+
+def _settled(
+    points: _Points, codes: NDArray[np.int64], centroids: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """Without the clusters that have lost all values."""
+    """Clusters at the weighted means of their values, their shares, and codes; empty ones are gone.
+
+    What has no weight stands where it stood.
+    """
+    w, h, counts = points
+    shares = np.bincount(codes, counts, minlength=len(centroids)) / counts.sum()
     stays = shares > 0
-    return centroids[stays], shares[stays], (np.cumsum(stays) - 1)[codes]
-
-
-def _means(
-    w: NDArray[np.float64],
-    h: NDArray[np.float64],
-    codes: NDArray[np.int64],
-    before: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """The weighted mean of each cluster; what has no weight stands where it stood."""
-    weight = np.bincount(codes, h, minlength=len(before))
-    total = np.bincount(codes, h * w, minlength=len(before))
-    return np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), before)
+    codes = (np.cumsum(stays) - 1)[codes]
+    weight = np.bincount(codes, counts * h)
+    total = np.bincount(codes, counts * h * w)
+    means = np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), centroids[stays])
+    return means, shares[stays], codes
 
 
 def _assigned(
-    w: NDArray[np.float64],
-    h: NDArray[np.float64],
-    centroids: NDArray[np.float64],
-    lengths: NDArray[np.float64],
+    points: _Points, centroids: NDArray[np.float64], lengths: NDArray[np.float64]
 ) -> NDArray[np.int64]:
     """For each value the cluster of least distortion and length together."""
-    codes = np.empty(len(w), np.int64)
-    for first in range(0, len(w), _CHUNK):
+    codes = np.empty(len(points.w), np.int64)
+    for first in range(0, len(codes), _CHUNK):
         part = slice(first, first + _CHUNK)
-        cost = w[part, None] - centroids
+        cost = points.w[part, None] - centroids
         cost *= cost
-        cost *= h[part, None]
+        cost *= points.h[part, None]
         cost += lengths
         codes[part] = cost.argmin(axis=1)
     return codes
 
 
 def _objective(
-    w: NDArray[np.float64],
-    h: NDArray[np.float64],
+    points: _Points,
     centroids: NDArray[np.float64],
     codes: NDArray[np.int64],
     shares: NDArray[np.float64],
     price: float,
 ) -> float:
     """``D + lambda H``, with the lengths that the shares give to the codes."""
-    distortion = float(np.mean(h * (w - centroids[codes]) ** 2))
-    return distortion + price * float(-np.log2(shares)[codes].mean())
+    w, h, counts = points
+    distortion = (counts * h * (w - centroids[codes]) ** 2).sum()
+    lengths = (counts * -np.log2(shares)[codes]).sum()
+    return float((distortion + price * lengths) / counts.sum())
