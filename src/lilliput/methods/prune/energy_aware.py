@@ -48,14 +48,12 @@ from ...core.types import Batch, Change, Fraction, NonNegative, PerLayer, Sparsi
 from ...errors import InputError
 from ...measure import layer_energies
 from ...mechanisms.curvature import as_rows, from_rows
-from ...mechanisms.encodings import reapply, stored_masks
 from ...mechanisms.ranking import count
 from ...mechanisms.solvers import least_squares, solvable, visit_rows
-from ._allocation import SparsityMethod, one_sample
-from ._dead import remove_dead_connections
+from ._allocation import one_sample
+from ._in_rounds import SparseInRounds
 from ._layerwise import write
-from ._masking import changes, mask_of, nonzeros, put_masks
-from ._rounds import rounds_due
+from ._masking import mask_of
 
 #: Parts of the sparsity that are tried where the whole of it costs too much accuracy.
 PARTS = (1.0, 0.75, 0.5, 0.25)
@@ -110,7 +108,7 @@ def fitted(gram: Tensor, cross: Tensor, weights: Tensor, stays: Tensor) -> Tenso
 
 
 @method
-class EnergyAware(SparsityMethod):
+class EnergyAware(SparseInRounds):
     """Prune the layers in the order of their energy, filter by filter, and fit what stays.
 
     Attributes:
@@ -143,9 +141,6 @@ class EnergyAware(SparsityMethod):
     bound: NonNegative | None = None
     samples: Annotated[int, Field(ge=1)] = 256
     positions: Annotated[int, Field(ge=1)] = 8
-    rounds: Annotated[int, Field(ge=1)] = 1
-    until: Fraction = 0.5
-    remove_dead: bool = True
 
     @classmethod
     def example(cls) -> EnergyAware:
@@ -161,57 +156,31 @@ class EnergyAware(SparsityMethod):
                     f"convolution's. Leave it out with '!{weight.layer}'."
                 )
 
-    def attach(self, run: Run) -> None:
-        """Put masks on, and prune for the first time."""
-        chosen, memory = self.weights(run.model), self.memory(run)
-        memory["before"] = {w.name: nonzeros(w.value) for w in chosen}
-        memory["energy"] = self._energies(run)
-        memory["round"] = 0
-        self.allocate(run, chosen)
-        # A resumed stage attaches to the same network again, so that this need not be in the checkpoint.
-        run.shared[self._key(run)] = copy.deepcopy(run.model)
-        put_masks(chosen)
-        self._prune_if_due(run)
-
-    def before_step(self, run: Run) -> None:
-        """Prune again when the next round begins."""
-        self._prune_if_due(run)
-
-    def settled(self, run: Run) -> bool:
-        """Whether the last round has pruned."""
-        return bool(self.memory(run)["round"] == self.rounds)
-
     def finish(self, run: Run) -> list[Change]:
         """Cut dead neurons; report zeros and energies."""
-        chosen, memory = self.weights(run.model), self.memory(run)
-        if self.remove_dead:
-            remove_dead_connections(run, chosen)
-        before, after = memory["energy"], self._energies(run)
+        found = super().finish(run)
+        before, after = self.memory(run)["energy"], self._energies(run)
         whole = sum(before.values())
-        found = changes(self.method_name(), chosen, memory["before"], lambda w: "")
         return found + [
             Change(
                 w.layer, "share of the energy", round(before[w.layer] / whole, 4),
                 round(after[w.layer] / whole, 4), self.method_name(), "an estimate",
             )
-            for w in chosen
+            for w in self.weights(run.model)
         ]  # fmt: skip
+
+    def _remember(self, run: Run, chosen: list[Weight]) -> None:
+        self.memory(run)["energy"] = self._energies(run)
+        # A resumed stage attaches to the same network again, so that this need not be in the checkpoint.
+        run.shared[self._key(run)] = copy.deepcopy(run.model)
 
     def _energies(self, run: Run) -> dict[str, float]:
         return layer_energies(run.model, one_sample(run))
 
-    def _prune_if_due(self, run: Run) -> None:
-        memory = self.memory(run)
-        due = rounds_due(run, self.rounds, self.until)
-        while memory["round"] < due:
-            memory["round"] += 1
-            self._prune(run, memory["round"] / self.rounds)
-
-    @torch.no_grad()
-    def _prune(self, run: Run, part: float) -> None:
+    def _prune(self, run: Run, chosen: list[Weight], part: float) -> None:
         """All layers, by their energy as it is now."""
         energies = self._energies(run)
-        for weight in sorted(self.weights(run.model), key=lambda w: -energies[w.layer]):
+        for weight in sorted(chosen, key=lambda w: -energies[w.layer]):
             sparsity = part * self.final(run, weight)
             inputs, target = self._samples_of(run, weight)
             before = self._score(run)
@@ -222,7 +191,6 @@ class EnergyAware(SparsityMethod):
                     break
                 mask_of(weight).update(mask)
                 write(run.model, weight.name, value)
-        reapply(stored_masks(run.model))
 
     def _score(self, run: Run) -> float:
         """The validation score, where somebody asks for it."""

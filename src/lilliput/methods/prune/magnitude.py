@@ -24,21 +24,19 @@ smaller, not an inference faster; for speed remove whole channels.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from ...core.registry import method
 from ...core.run import Run
 from ...core.select import Weight
-from ...core.types import Change, Fraction, PerLayer, Positive, resolve
+from ...core.types import Change, PerLayer, Positive, resolve
 from ...mechanisms.encodings import reapply, stored_masks
 from ...mechanisms.ranking import keep_largest, keep_largest_together
-from ._allocation import SparsityMethod
-from ._dead import remove_dead_connections
-from ._masking import changes, mask_of, nonzeros, put_masks
-from ._rounds import rounds_due
+from ._in_rounds import SparseInRounds
+from ._masking import mask_of, nonzeros
 
 
 def above_threshold(weight: Tensor, quality: float, deviation: float) -> Tensor:
@@ -57,7 +55,7 @@ def corrected_dropout(rate: float, kept: int, total: int) -> float:
 
 
 @method
-class Magnitude(SparsityMethod):
+class Magnitude(SparseInRounds):
     """Prune the weights of smallest magnitude and keep them at zero while the rest retrains.
 
     Attributes:
@@ -83,10 +81,7 @@ class Magnitude(SparsityMethod):
 
     threshold: PerLayer[Positive] | None = None
     scope: Literal["layer", "global"] = "layer"
-    rounds: Annotated[int, Field(ge=1)] = 1
-    until: Fraction = 0.5
     correct_dropout: bool = True
-    remove_dead: bool = True
 
     @model_validator(mode="after")
     def _one_amount(self) -> Magnitude:
@@ -109,48 +104,21 @@ class Magnitude(SparsityMethod):
         """The setting that decides which layers take part."""
         return self.sparsity if self.threshold is None else self.threshold
 
-    def attach(self, run: Run) -> None:
-        """Put the masks on, and prune for the first time."""
-        chosen = self.weights(run.model)
-        memory = self.memory(run)
-        memory["before"] = {w.name: nonzeros(w.value) for w in chosen}
-        memory["deviation"] = {w.name: float(w.value.detach().std()) for w in chosen}
-        memory["dropout"] = dict(_dropouts(run.model))
-        memory["round"] = 0
-        self.allocate(run, chosen)
-        put_masks(chosen)
-        self._prune_if_due(run)
-
-    def before_step(self, run: Run) -> None:
-        """Prune again when the next round begins."""
-        self._prune_if_due(run)
-
-    def settled(self, run: Run) -> bool:
-        """Whether the last round has pruned."""
-        return bool(self.memory(run)["round"] == self.rounds)
-
     def finish(self, run: Run) -> list[Change]:
         """Cut dead neurons; report the zeros of every layer and the dropout rates that changed."""
-        chosen, memory = self.weights(run.model), self.memory(run)
-        if self.remove_dead:
-            remove_dead_connections(run, chosen)
-        found = changes(self.method_name(), chosen, memory["before"], lambda w: "")
-        for name, before in memory["dropout"].items():
+        found = super().finish(run)
+        for name, before in self.memory(run)["dropout"].items():
             now = run.model.get_submodule(name).p
             if now != before:
                 found.append(Change(name, "dropout rate", before, now, self.method_name()))
         return found
 
-    def _prune_if_due(self, run: Run) -> None:
+    def _remember(self, run: Run, chosen: list[Weight]) -> None:
         memory = self.memory(run)
-        due = rounds_due(run, self.rounds, self.until)
-        if due > memory["round"]:
-            self._prune(run, due / self.rounds)
-            memory["round"] = due
+        memory["deviation"] = {w.name: float(w.value.detach().std()) for w in chosen}
+        memory["dropout"] = dict(_dropouts(run.model))
 
-    def _prune(self, run: Run, part: float) -> None:
-        """Prune to a part of the final amount; what is already pruned stays so."""
-        chosen = self.weights(run.model)
+    def _prune(self, run: Run, chosen: list[Weight], part: float) -> None:
         for weight, mask in zip(chosen, self._masks(run, chosen, part), strict=True):
             mask_of(weight).update(mask_of(weight).mask & mask)
         reapply(stored_masks(run.model))

@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from ...core.registry import method
 from ...core.run import Run
 from ...core.select import Weight
-from ...core.types import Change, Fraction, Positive
+from ...core.types import Positive
 from ...errors import InputError
 from ...mechanisms.columns import inverted
 from ...mechanisms.curvature import (
@@ -67,22 +67,19 @@ from ...mechanisms.curvature import (
     one_by_one,
     output_vectors,
 )
-from ...mechanisms.encodings import reapply, stored_masks
 from ...mechanisms.ranking import count
 from ...mechanisms.solvers import solvable
-from ._allocation import SparsityMethod
-from ._dead import remove_dead_connections
+from ._in_rounds import SparseInRounds
 from ._layerwise import write
-from ._masking import changes, mask_of, nonzeros, put_masks
+from ._masking import mask_of
 from ._removals import greedy, removals, remove, sweep
-from ._rounds import rounds_due
 
 #: A square matrix of more entries a side does not fit: 4,000 are 128 MB in double precision.
 LARGEST = 4_000
 
 
 @method
-class Surgeon(SparsityMethod):
+class Surgeon(SparseInRounds):
     """Remove the weights that second derivatives call cheapest, and correct the others.
 
     Attributes:
@@ -124,9 +121,6 @@ class Surgeon(SparsityMethod):
     positions: Annotated[int, Field(ge=1)] = 16
     damping: Positive = 1e-4
     block: Annotated[int, Field(ge=1)] = 64
-    rounds: Annotated[int, Field(ge=1)] = 1
-    until: Fraction = 0.5
-    remove_dead: bool = True
 
     @model_validator(mode="after")
     def _one_amount(self) -> Surgeon:
@@ -176,49 +170,20 @@ class Surgeon(SparsityMethod):
                 "Set curvature: layer or blocks, or choose fewer layers."
             )
 
-    def attach(self, run: Run) -> None:
-        """Put masks on, and remove for the first time."""
-        chosen, memory = self.weights(run.model), self.memory(run)
-        memory["before"] = {w.name: nonzeros(w.value) for w in chosen}
-        memory["round"], memory["spent"] = 0, 0.0
-        self.allocate(run, chosen)
-        put_masks(chosen)
-        self._operate_if_due(run)
+    def _remember(self, run: Run, chosen: list[Weight]) -> None:
+        self.memory(run)["spent"] = 0.0
 
-    def before_step(self, run: Run) -> None:
-        """Remove again when the next round begins."""
-        self._operate_if_due(run)
+    def _note(self, run: Run) -> str:
+        spent = self.memory(run)["spent"]
+        return f"summed price {spent:.3g}" if spent else ""
 
-    def settled(self, run: Run) -> bool:
-        """Whether the last round is over."""
-        return bool(self.memory(run)["round"] == self.rounds)
-
-    def finish(self, run: Run) -> list[Change]:
-        """Cut dead neurons; report the zeros of every layer."""
-        chosen, memory = self.weights(run.model), self.memory(run)
-        if self.remove_dead:
-            remove_dead_connections(run, chosen)
-        price = f"summed price {memory['spent']:.3g}" if memory["spent"] else ""
-        return changes(self.method_name(), chosen, memory["before"], lambda w: price)
-
-    def _operate_if_due(self, run: Run) -> None:
-        memory = self.memory(run)
-        due = rounds_due(run, self.rounds, self.until)
-        for number in range(memory["round"] + 1, due + 1):
-            self._operate(run, number / self.rounds)
-            memory["round"] = number
-
-    @torch.no_grad()
-    def _operate(self, run: Run, part: float) -> None:
-        """Remove up to a part of the final amount."""
-        chosen = self.weights(run.model)
+    def _prune(self, run: Run, chosen: list[Weight], part: float) -> None:
         if self.curvature == "layer":
             self._by_layer(run, chosen, part)
         elif self.curvature == "blocks":
             self._by_blocks(run, chosen, part)
         else:
             self._together(run, chosen, part)
-        reapply(stored_masks(run.model))
 
     # -- all weights together -----------------------------------------------------------------------
 
