@@ -17,6 +17,7 @@ from lilliput.core.select import select
 from lilliput.engine.progress import Watcher
 from lilliput.errors import InputError
 from lilliput.methods import Magnitude, SoftWeightSharing
+from lilliput.methods.quantize import soft_weight_sharing
 from lilliput.methods.quantize.soft_weight_sharing import Mixture, divergence
 from lilliput.testing import NETWORKS
 
@@ -46,6 +47,18 @@ def test_the_prior_is_torchs_mixture() -> None:
     torch.testing.assert_close(ours, -theirs.log_prob(weights).sum())
     assert float(prior.log_shares().exp().sum().detach()) == pytest.approx(1.0)
     assert prior.means()[1:].tolist() == pytest.approx([-0.6, -0.2, 0.2, 0.6])
+
+
+def test_the_derivatives_are_autograds(monkeypatch: Any) -> None:
+    """Of all that learns, with the weights in several pieces."""
+    monkeypatch.setattr(soft_weight_sharing, "_PIECE", 16)
+    prior = mixture().double()
+    weights = torch.linspace(-1.0, 1.0, 50, dtype=torch.float64).requires_grad_()
+    learning = [weights, *prior.parameters()]
+    ours = torch.autograd.grad(prior(weights, [(1.0, 0.0), (1.0, 0.0)]), learning)
+    plain = -torch.logsumexp(prior.log_joint(weights), dim=1).sum()
+    for mine, theirs in zip(ours, torch.autograd.grad(plain, learning), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_the_hyper_priors() -> None:
