@@ -158,9 +158,9 @@ def _cells(w: NDArray[np.float64], h: NDArray[np.float64]) -> _Points:
     cell = place * (_OCTAVES + 1) + np.where(h > 0, octave, _OCTAVES)
     counts, weight = np.bincount(cell), np.bincount(cell, h)
     full, bare = counts > 0, weight == 0
-    mean = np.bincount(cell, w * np.where(bare[cell], 1.0, h))
-    mean = mean[full] / np.where(bare, counts, weight)[full]
-    return _Points(mean, (weight[full] / counts[full]), counts[full].astype(np.float64))
+    total = np.bincount(cell, w * np.where(bare[cell], 1.0, h))
+    mean = total[full] / np.where(bare, counts, weight)[full]
+    return _Points(mean, weight[full] / counts[full], counts[full].astype(np.float64))
 
 
 def _settled(
