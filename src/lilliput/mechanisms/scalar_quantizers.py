@@ -24,7 +24,7 @@ from .clustering import kmeans
 
 _CHUNK = 1 << 15  # values whose distances to all centers are in memory at once
 #: Of more values than this the turns are taken on cells of nearly equal ones.
-LIMIT = 1 << 20
+LIMIT = 1 << 18
 _PLACES, _OCTAVES = 8192, 32  # of values, of curvatures; in all at most so many cells
 
 
