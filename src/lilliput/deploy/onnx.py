@@ -35,6 +35,7 @@ from ..mechanisms.encodings import StepGrid, bake, encoding_of
 from ..mechanisms.flow import flows
 from ..mechanisms.ranges import steps_of
 from . import _operators
+from ._paddings import absorb_paddings
 from ._poolings import quantize_before_poolings
 from .products import quantize_products
 
@@ -123,6 +124,7 @@ def export(
 
 
 def _save(program: Any, path: Path) -> None:
+    absorb_paddings(program.model.graph)
     quantize_before_poolings(program.model.graph)
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # where in the source it came from: half of a small file
