@@ -1,13 +1,22 @@
 """Time and quality of one-dimensional k-means on a layer of 25 million weights.
 
-Run ``python benchmarks/clustering.py``. Prints the tables and writes ``results/clustering.json``
-beside this file. Three questions: how long each initialization takes on the large layer, how far
-the binned search is from the optimum where the optimum can be computed, and how scikit-learn's
-KMeans compares where it is installed.
+    python benchmarks/clustering.py                       # about 5 CPU minutes
+    python benchmarks/clustering.py --only codebook_methods
+
+Prints the tables and writes ``results/clustering.json`` beside this file; a part that is not asked for keeps
+its figures. How long each initialization takes on the large layer; how far the binned search is from the
+optimum where the optimum can be computed; how scikit-learn's KMeans compares where it is installed; and how
+long each method with a codebook takes to put one on such a layer, beside scikit-learn in the same run.
+
+Methods that ask for curvature take it from the gradients of four batches (``curvature: adam``), whose time
+is a row of its own; with 5,000 outputs ``gauss_newton`` needs as many backward passes a sample. scikit-learn
+makes at most 10 turns here, and has not come to rest then. ``soft_weight_sharing`` is not among them: in each
+of its training steps it holds densities of each weight under each component, 1.7 GB a tensor here.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -21,14 +30,26 @@ from typing import Any, get_args
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when numpy and scikit-learn are imported
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
 
+from lilliput import Task, accuracy
+from lilliput.core.run import Run
+from lilliput.core.select import select
+from lilliput.core.types import Batch
 from lilliput.mechanisms import clustering
 from lilliput.mechanisms.clustering import Init, kmeans
+from lilliput.mechanisms.curvature import second_moments
+from lilliput.mechanisms.scalar_quantizers import entropy
+from lilliput.methods import Codebook, EntropyCodebook, HessianCodebook
 
 CLUSTERS = 32
 LARGE = 25_000_000
 SMALL = 1_000_000
+TURNS = 10
+FILE = Path(__file__).resolve().parent / "results" / "clustering.json"
 Row = dict[str, Any]
 
 
@@ -106,6 +127,69 @@ def against_scikit_learn() -> list[Row]:
     return rows
 
 
+def codebook_methods() -> list[Row]:
+    """Each method on the large layer: from trained weights to shared values that could train."""
+    values = np.random.default_rng(0).laplace(0, 0.02, LARGE).astype(np.float32)
+    bits = (CLUSTERS - 1).bit_length()
+    methods = {
+        "codebook": Codebook(bits=bits),
+        "hessian_codebook": HessianCodebook(bits=bits, curvature="adam"),
+        "entropy_codebook": EntropyCodebook(clusters=CLUSTERS, curvature="adam"),
+        "entropy_codebook, uniform": EntropyCodebook(quantizer="uniform", curvature="adam"),
+    }
+    rows = [{"what": name, **attached(method, values)} for name, method in methods.items()]
+    return [curvature(values), *rows, *scikit_learn(values)]
+
+
+def layer(values: NDArray[np.float32]) -> tuple[nn.Module, list[Batch]]:
+    """A square layer of these weights, and what it is to see."""
+    side = round(values.size**0.5)
+    net = nn.Linear(side, side, bias=False)
+    net.weight = nn.Parameter(torch.from_numpy(values.copy()).view(side, side))
+    torch.manual_seed(0)
+    batches = [Batch(torch.randn(32, side), torch.randint(side, (32,))) for _ in range(4)]
+    return nn.Sequential(net), batches
+
+
+def curvature(values: NDArray[np.float32]) -> Row:
+    net, batches = layer(values)
+    measure = partial(second_moments, net, select(net), batches, functional.cross_entropy)
+    _, wall, cpu = timed(measure)
+    return {"what": "the curvature alone", "seconds": wall, "cpu_seconds": cpu}
+
+
+def attached(method: Any, values: NDArray[np.float32]) -> Row:
+    net, batches = layer(values)
+    task = Task(batches, batches, batches, functional.cross_entropy, accuracy)
+    run = Run(model=net, task=task, device=torch.device("cpu"), original=net, methods=[method])
+    _, wall, cpu = timed(partial(method.attach, run))
+    shared: NDArray[np.float32] = net[0].weight.detach().numpy().ravel()  # type: ignore[index]
+    return {"seconds": wall, "cpu_seconds": cpu, **quality(values, shared)}
+
+
+def quality(values: NDArray[np.float32], shared: NDArray[np.float32]) -> Row:
+    """Distinct values, bits of a code at best, and squared error over squared weights."""
+    found, codes = np.unique(shared, return_inverse=True)
+    error = float(np.sum(np.square(shared - values), dtype=np.float64))
+    return {
+        "values": found.size, "entropy": entropy(codes),
+        "relative_error": error / float(np.sum(np.square(values), dtype=np.float64)),
+    }  # fmt: skip
+
+
+def scikit_learn(values: NDArray[np.float32]) -> list[Row]:
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError:
+        return []
+    start = np.linspace(values.min(), values.max(), CLUSTERS)[:, None]
+    other = KMeans(CLUSTERS, init=start, n_init=1, max_iter=TURNS, tol=0)
+    _, wall, cpu = timed(partial(other.fit, values[:, None]))
+    shared = other.cluster_centers_[other.labels_, 0].astype(np.float32)
+    row = {"what": f"scikit-learn's KMeans, {TURNS} turns", "seconds": wall, "cpu_seconds": cpu}
+    return [row | quality(values, shared)]
+
+
 def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -120,27 +204,36 @@ def show(title: str, rows: list[Row]) -> None:
         print("  " + "  ".join(cells))
 
 
+PARTS: dict[str, tuple[str, Callable[[], list[Row]]]] = {
+    "large_layer": (f"{LARGE:,} Laplace weights into {CLUSTERS} values", large_layer),
+    "against_the_optimum": (f"{SMALL:,} values: binned search over optimum", against_the_optimum),
+    "against_scikit_learn": (f"{SMALL:,} Laplace weights", against_scikit_learn),
+    "codebook_methods": (f"{LARGE:,} Laplace weights by each method", codebook_methods),
+}
+
+
 def main() -> None:
-    report: Row = {
-        "machine": {
-            "processor": processor(),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "threads": 1,
-        },
-        "settings": {"clusters": CLUSTERS, "large": LARGE, "small": SMALL},
-        "large_layer": large_layer(),
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        "against_the_optimum": against_the_optimum(),
-        "against_scikit_learn": against_scikit_learn(),
-    }
-    show(f"{LARGE:,} Laplace weights into {CLUSTERS} values", report["large_layer"])
-    show(f"{SMALL:,} values: binned search over optimum", report["against_the_optimum"])
-    show(f"{SMALL:,} Laplace weights", report["against_scikit_learn"])
-    print(f"\npeak memory of the large layer: {report['peak_memory_gb']:.2f} GB")
-    target = Path(__file__).parent / "results" / "clustering.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(report, indent=2) + "\n")
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    options.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
+    torch.set_num_threads(1)
+    report: Row = json.loads(FILE.read_text()) if FILE.exists() else {}
+    machine = {
+        "processor": processor(), "python": platform.python_version(), "numpy": np.__version__,
+        "threads": 1,
+    }  # fmt: skip
+    report["settings"] = {"clusters": CLUSTERS, "large": LARGE, "small": SMALL}
+    for part in options.parse_args().only:
+        title, measure = PARTS[part]
+        report[part] = measure()
+        report.setdefault("machines", {})[part] = (
+            machine  # each part was measured on one of its own
+        )
+        if part == "large_layer":
+            report["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        show(title, report[part])
+    FILE.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
