@@ -59,7 +59,8 @@ def main() -> None:
     small = [content for content in results if content not in thin]
     if small:
         print("\n" + markdown(small))
-        print("\n" + columns(small))
+    if coded := [c for c in small if all(run["deep_compression"] for run in c["runs"])]:
+        print("\n" + columns(coded))
     if thin:
         print("\n" + widths(thin))
 
