@@ -16,10 +16,12 @@ sys.path.insert(0, str(BENCHMARKS))
 import rows  # noqa: E402
 
 from lilliput import Stage, Train  # noqa: E402
+from lilliput.engine.precision import fast_precision  # noqa: E402
 from lilliput.errors import InputError  # noqa: E402
 from lilliput.testing import NETWORKS  # noqa: E402
 
 MLP, *_ = NETWORKS
+PRECISION = fast_precision(torch.device("cpu"))
 
 
 def square(job: rows.Row) -> rows.Row:
@@ -39,7 +41,7 @@ def test_rows_are_done_once(tmp_path: Path, capsys: Any) -> None:
     table.run([{"n": 2}, {"n": 3}], square)
     assert len(told(capsys)) == 2
     table.run([{"n": 2}, {"n": 3}, {"n": 4}], square)
-    assert told(capsys) == ["n 4, squared 16"]
+    assert told(capsys) == [f"n 4, squared 16, auto_precision {PRECISION}"]
     assert sorted(row["squared"] for row in table.read()) == [4, 9, 16]
     assert json.loads((tmp_path / "table.json").read_text())["images"] == 7
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
@@ -51,7 +53,7 @@ def test_a_row_that_fails_is_told_and_the_others_are_done(tmp_path: Path, capsys
     lines = told(capsys)
     assert "n 13, failed InputError: no luck" in lines
     assert "n 14, failed ZeroDivisionError: a bug of the benchmark" in lines
-    assert table.read() == [{"n": 5, "squared": 25}]
+    assert table.read() == [{"n": 5, "squared": 25, "auto_precision": PRECISION}]
 
 
 def begin(seed: int, work: Path) -> None:
