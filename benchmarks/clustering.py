@@ -10,8 +10,8 @@ long each method with a codebook takes to put one on such a layer, beside scikit
 
 Methods that ask for curvature take it from the gradients of four batches (``curvature: adam``), whose time
 is a row of its own; with 5,000 outputs ``gauss_newton`` needs as many backward passes a sample. scikit-learn
-makes at most 10 turns here, and has not come to rest then. ``soft_weight_sharing`` is not among them: in each
-of its training steps it holds densities of each weight under each component, 1.7 GB a tensor here.
+makes at most 10 turns here, and has not come to rest then. ``soft_weight_sharing`` is not among them: its
+values are found in training, step by step.
 """
 
 from __future__ import annotations

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rows import Row
 from torch import nn
 
 from lilliput.core.types import Batch
-from lilliput.deploy import OnnxNetwork, OpenvinoNetwork, export, inspect, overflows
+from lilliput.deploy import OnnxNetwork, export, inspect, overflows
+from lilliput.deploy.runtime import RUNTIMES, tensors_of
 from lilliput.measure import latency
 
-Row = dict[str, Any]
 Named = Iterator[tuple[str, "Deployed"]]
 
 
@@ -29,8 +30,7 @@ class Deployed(NamedTuple):
     runtime: str
 
     def load(self) -> nn.Module:
-        kind = OnnxNetwork if self.runtime == "onnxruntime" else OpenvinoNetwork
-        return kind(self.file)
+        return RUNTIMES[self.runtime](self.file)
 
     def figures(self) -> Row:
         """What multiplies in integers there, and bytes."""
@@ -113,8 +113,7 @@ def _of_onnxruntime(real: Path, seen: list[Any], folder: Path) -> Named:
 
 
 def _feed(names: list[str], inputs: Any) -> dict[str, Any]:
-    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
-    return {name: t.numpy() for name, t in zip(names, tensors, strict=True)}
+    return {name: t.numpy() for name, t in zip(names, tensors_of(inputs), strict=True)}
 
 
 def _of_nncf(real: Path, seen: list[Any], folder: Path) -> Named:

@@ -89,8 +89,6 @@ def tensors() -> dict[str, Any]:
 def do(job: Row) -> Row:
     dense = sum(4 * t.codes.size if isinstance(t, Coded) else t.nbytes for t in tensors().values())
     if job["row"] == AUTHORS:
-        begin = time.process_time()
-        list(authors_layers())
         return {"bytes": FILE.stat().st_size, "dense_bytes": dense}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "squeezenet"

@@ -68,7 +68,7 @@ class Train(Settings):
         clip: largest gradient norm; None for no clipping.
         precision: arithmetic of the forward pass, through torch's autocast. ``"auto"`` is bfloat16 on devices
             that have instructions for it and float32 on others, where bfloat16 would take three times as
-            long; the run's record says which it was.
+            long; ``environment.json`` says which it is where the run began.
         channels_last: lay convolutions out with the channels last, which is about twice as fast on a
             processor; not for networks that take their activations apart with ``view``.
         keep: the model of the last epoch, or of the best validation score.

@@ -3,9 +3,9 @@
 ``size_ratio`` is the dense network's bytes over the file's, larger is better; ``latency_ratio`` is the time
 over the dense network's time, measured side by side, smaller is better. ``energy_pj`` is an
 estimate for hardware that skips zeros (see :mod:`lilliput.measure.energy`). ``simulated`` is there where
-activations of few values are computed in floats, which takes longer than the network that a runtime executes
-in integers. ``bytes`` is the size of the
-file on the disk; ``entropy_bytes`` beside it is what an ideal coder of single weights would need.
+integers are computed in floats, which takes longer than in the runtimes that execute them as integers.
+``bytes`` is the size of the file on the disk; ``entropy_bytes`` beside it is what an ideal coder of single
+weights would need.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..core.run import Run
 from ..core.task import evaluate
 from ..errors import InputError, LilliputError, UnknownName
 from ..measure import energy, latency, macs, size
-from ..mechanisms.activations import replaced_activations
+from ..mechanisms.activations import Quantizer, replaced_activations
 
 #: What a recipe may expect of a run.
 FIGURES = (
@@ -224,7 +224,8 @@ def _compute(loaded: nn.Module, run: Run) -> dict[str, Any]:
         ratio = 1.0 if run.original is None else _time_ratio(loaded, run.original, example)
     except LilliputError as error:
         return {**figures, "unmeasured": str(error)}
-    simulated = {"simulated": True} if replaced_activations(loaded) else {}
+    kinds = {settings["kind"] for settings in replaced_activations(loaded).values()}
+    simulated = {"simulated": True} if Quantizer.kind in kinds else {}
     return {**figures, "latency_ratio": ratio, **simulated}
 
 

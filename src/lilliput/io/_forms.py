@@ -93,9 +93,11 @@ def _factors_in(weight: Weight) -> tuple[Tensor, Tensor] | None:
 
 def _grid_of(weight: Weight) -> StepGrid | None:
     """The grid on which a weight lies; None also where something around it holds entries elsewhere."""
-    grid, value = encoding_of(weight, StepGrid), weight.value.detach()
-    on_it = grid is not None and torch.equal(grid.integers(value) * grid.step, value)
-    return grid if on_it else None
+    grid = encoding_of(weight, StepGrid)
+    if grid is None:
+        return None
+    value = weight.value.detach()
+    return grid if torch.equal(grid.integers(value) * grid.step, value) else None
 
 
 def bits_of_grids(model: nn.Module) -> dict[str, int]:

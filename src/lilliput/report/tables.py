@@ -137,7 +137,7 @@ def _on_simulation(run: RunData) -> str:
     if not run.figures.get("simulated"):
         return ""
     return (
-        "Activations of few values are simulated in floats, and the latency ratio is that of the simulation. "
+        "Integers are simulated in floats, and the latency ratio is that of the simulation. "
         "`lilliput export` writes the network for a runtime that computes in integers, and `lilliput "
         "profile --deploy` times it there."
     )
