@@ -1,13 +1,9 @@
-"""A run that kills its own process, as ``kill -9`` does, at a moment of choice.
-
-``python resume_driver.py DIRECTORY [MOMENT]``; without a moment the run is undisturbed, or goes on.
-"""
+"""A run that kills its own process, as ``kill -9`` does, at a moment of choice."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +76,9 @@ def run(directory: Path, *watchers: Watcher) -> None:
     )
 
 
-if __name__ == "__main__":
-    chosen = "".join(sys.argv[2:])
+def main(directory: Path, moment: str) -> None:
+    """Without a moment the run is undisturbed, or goes on."""
     torch.set_num_threads(1)
-    kill_before_forgetting(chosen)
-    kill_while_writing(chosen)
-    run(Path(sys.argv[1]), Killer(chosen))
+    kill_before_forgetting(moment)
+    kill_while_writing(moment)
+    run(directory, Killer(moment))

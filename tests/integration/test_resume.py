@@ -1,22 +1,25 @@
 """``kill -9`` at any moment, then the same again: as if nothing had been.
 
-The processes are real; ``resume_driver.py`` is the program that they run.
+The processes are real; ``resume_driver.py`` is the program that they run. They are forked from one that has
+imported torch, which takes longer than all that they do.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import resume_driver
 import torch
 
-DRIVER = Path(__file__).with_name("resume_driver.py")
+PROCESSES = multiprocessing.get_context("forkserver")
+# An optimizer's first step imports the second, which takes as long as all the rest.
+PROCESSES.set_forkserver_preload(["lilliput.testing", "torch._dynamo"])
 MOMENTS = (
     "inside 0 3",
     "inside 1 7",
@@ -29,10 +32,11 @@ MOMENTS = (
 
 
 def start(directory: Path, moment: str = "") -> int:
-    command = [sys.executable, str(DRIVER), str(directory), moment]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
+    process = PROCESSES.Process(target=resume_driver.main, args=(directory, moment))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +51,6 @@ def resumed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
     """The directory of a run that was killed, and then gone on with in this process."""
-    sys.path.insert(0, str(DRIVER.parent))
-    import resume_driver
-
     directory = tmp_path_factory.mktemp("killed") / "run"
     assert start(directory, request.param) == -signal.SIGKILL
     assert not (directory / "result.json").exists()
@@ -58,7 +59,6 @@ def resumed(
     resume_driver.run(directory)
     yield directory
     torch.set_num_threads(threads)
-    sys.path.remove(str(DRIVER.parent))
 
 
 def figures(directory: Path) -> Any:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -314,21 +312,6 @@ def test_a_copy_loses_channels_alone() -> None:
     thin(other, X, seed=5)
     assert torch.equal(cell(X), answer) and json.dumps(plan_of(cell).as_dict()) == plan
     assert encoding_of(weight, Mask).mask.shape == weight.value.shape
-
-
-@pytest.mark.slow
-def test_two_processes_come_to_what_one_comes_to(tmp_path: Path) -> None:
-    """The wrapper that shares the gradients is built anew after each cut."""
-    driver = str(Path(__file__).with_name("thin_driver.py"))
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    for name, launcher in (("one", []), ("two", torchrun)):
-        command = [sys.executable, *launcher, driver, str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr
-    one, two = (artifact.read(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert one["2.weight"].shape == (14, 20)
-    for name, tensor in one.items():
-        np.testing.assert_allclose(two[name], tensor, atol=1e-5)
 
 
 # -- elsewhere ----------------------------------------------------------------------------------

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -320,21 +318,6 @@ class TestBadInput:
     def test_an_ensemble(self) -> None:
         error = self.refusal(Hint(pairs={"2": "1"}, teacher=[teacher(), teacher()]))
         assert "an ensemble has no common features" in str(error)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["hint", "gradient_attention", "neuron_selection"])
-def test_two_processes_come_to_what_one_comes_to(method: str, tmp_path: Path) -> None:
-    """The truncated network has a wrapper of its own, which shares the gradients."""
-    driver = str(Path(__file__).parents[1] / "integration" / "feature_driver.py")
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    for name, launcher in (("one", []), ("two", torchrun)):
-        command = [sys.executable, *launcher, driver, method, str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr
-    one, two = (artifact.read(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    for name, tensor in one.items():
-        np.testing.assert_allclose(two[name], tensor, atol=1e-5)
 
 
 def test_a_view_for_the_teacher() -> None:

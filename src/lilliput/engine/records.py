@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -190,6 +191,7 @@ def _place(line: str) -> tuple[float, float]:
     return (figures["stage"], figures["epoch"])
 
 
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

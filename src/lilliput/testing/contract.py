@@ -12,6 +12,7 @@ import functools
 import importlib
 import inspect
 import math
+import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,8 +40,10 @@ from ..mechanisms.structure import apply_structure, structure_of
 from .examples import registered_examples
 from .networks import CLASSES, NETWORKS, TinyNetwork, networks_for
 
-# Two epochs of four steps; a checkpoint after every step, so that there is one to resume from.
-TRAIN = Train(epochs=2, lr=0.01, checkpoint_minutes=1e-9)
+# Two epochs of four steps.
+TRAIN = Train(epochs=2, lr=0.01)
+#: The same with a checkpoint after every step: writing one must disturb nothing.
+OFTEN = Train(epochs=2, lr=0.01, checkpoint_minutes=1e-9)
 
 
 @dataclass
@@ -54,6 +57,20 @@ class Interruption(Watcher):
         """Stop at the step."""
         if (run.stage, run.step) == (self.stage, self.step):
             raise KeyboardInterrupt
+
+
+@dataclass
+class Snapshot(Watcher):
+    """Copies the run's directory as a stage finds it: what a process leaves that is killed there."""
+
+    stage: int
+    home: Path
+    to: Path
+
+    def stage_begins(self, run: Run, stage: Stage) -> None:
+        """Copy before the first step."""
+        if run.stage == self.stage:
+            shutil.copytree(self.home, self.to)
 
 
 @dataclass
@@ -71,13 +88,13 @@ class Inspection(Watcher):
             self.looked = True
 
 
-def stage_of(methods: Sequence[Method], network: TinyNetwork) -> Stage:
+def stage_of(methods: Sequence[Method], network: TinyNetwork, train: Train = TRAIN) -> Stage:
     """A stage of two epochs; a method that grows gets a network of the same kind to fill."""
     made = (own_network(method, network) for method in methods)
     own = next((made_one for made_one in made if made_one is not None), None)
     if own is None and any(method.family == "grow" for method in methods):
         own = network.build(seed=2)
-    return Stage(methods=list(methods), train=TRAIN, model=own)
+    return Stage(methods=list(methods), train=train, model=own)
 
 
 def own_network(method: Method, network: TinyNetwork) -> nn.Module | None:
@@ -118,7 +135,7 @@ class Trial:
 
     def stages(self) -> list[Stage]:
         """One stage with the method, two epochs."""
-        return [stage_of([self.method], self.network)]
+        return [stage_of([self.method], self.network, OFTEN)]
 
     def fresh(self) -> nn.Module:
         """A network of the kind that the stage works on, as its class builds it."""
@@ -268,11 +285,13 @@ class MethodContract:
         )
 
     def test_composes_in_two_stages(self, method: Method, partner: Method, tmp_path: Path) -> None:
-        """One after the other, in both orders; the first also resumed within the second stage."""
-        first = self._composed([[method], [partner]], tmp_path / "first", resumed=True)
-        assert first or _is_special(method), "every network was refused"
-        second = self._composed([[partner], [method]], tmp_path / "second")
-        assert second or _is_special(partner), "every network was refused"
+        """One after the other, also resumed within the second stage.
+
+        Pairs are many, so each has one order; over all pairs each family comes before and after each.
+        """
+        one, two = [method, partner] if _draw(method, partner) % 2 else [partner, method]
+        applied = self._composed([[one], [two]], tmp_path, resumed=True)
+        assert applied or _is_special(one), "every network was refused"
 
     # -- how it is written and found --------------------------------------------------------------
 
@@ -341,38 +360,46 @@ class MethodContract:
         """Run stages with these methods on the first network that accepts them; say whether one did.
 
         Pairs are many, so each order of each gets one network; they take turns, and over all pairs each
-        network meets each family. ``resumed`` also interrupts the last stage, and both runs must agree.
+        network meets each family. ``resumed`` also does the last stage again from where it began, interrupts
+        it, and goes on; both runs must agree.
         """
+        last = len(parts) - 1
         for network in _in_turn(parts):
             stages = [stage_of(methods, network) for methods in parts]
+            home = folder / f"{network.name}-undisturbed"
+            again = folder / f"{network.name}-resumed"
 
             def run(
-                name: str,
+                directory: Path,
                 *watchers: Watcher,
                 network: TinyNetwork = network,
                 stages: Sequence[Stage] = stages,
             ) -> Result:
-                home = folder / f"{network.name}-{name}"
                 return compress(
-                    network.build(), network.task(), stages, directory=home, watchers=watchers
+                    network.build(), network.task(), stages, directory=directory, watchers=watchers
                 )
 
             try:
-                undisturbed = run("undisturbed")
+                undisturbed = run(home, *([Snapshot(last, home, again)] if resumed else []))
             except LilliputError:
                 continue
             if resumed:
-                _interrupt(lambda run=run: run("resumed", Interruption(3, len(parts) - 1)))  # type: ignore[misc]
-                _same_run(undisturbed, run("resumed"))
+                _interrupt(lambda run=run, again=again: run(again, Interruption(3, last)))  # type: ignore[misc]
+                _same_run(undisturbed, run(again))
             return True
         return False
 
 
+def _draw(*methods: Method) -> int:
+    """A number that is always the same for the same methods in the same order."""
+    return zlib.crc32("+".join(method.method_name() for method in methods).encode())
+
+
 def _in_turn(parts: list[list[Method]]) -> list[TinyNetwork]:
     """The networks that the methods know, beginning with another one for another combination."""
-    networks = networks_for(*(method for methods in parts for method in methods))
-    names = "+".join(method.method_name() for methods in parts for method in methods)
-    first = zlib.crc32(f"{len(parts)} {names}".encode()) % len(networks)
+    methods = [method for methods in parts for method in methods]
+    networks = networks_for(*methods)
+    first = (_draw(*methods) + len(parts)) % len(networks)
     return [*networks[first:], *networks[:first]]
 
 
