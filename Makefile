@@ -35,13 +35,14 @@ clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The environment: torch first and from constraints.txt, because a newer one brings gigabytes of CUDA.
+# Python compiles what is imported when it is imported; to compile all that is installed takes longer than the demo.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Lilliput needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo "Python's venv module is missing. On Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --constraint constraints.txt torch || \
+	$(RUN) -m pip install --quiet --no-compile --constraint constraints.txt torch || \
 	  { echo "torch could not be installed: is a package registry within reach? constraints.txt names the version."; exit 1; }
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(RUN) -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $(STAMP)

@@ -41,7 +41,8 @@ HERE = Path(__file__).resolve().parent
 VALUES = (3, 3, 2, 3, 4, 2)
 #: Samples that train, hidden units, weights, and what the paper's surgery left of them.
 PROBLEMS = {"monk1": (124, 3, 58, 14), "monk2": (169, 2, 39, 15), "monk3": (122, 2, 39, 4)}
-TRAINING = Train(epochs=1500, optimizer="adam", lr=0.02, weight_decay=1e-2, keep="best")
+#: In the third problem so strong that the wrong classes stay unlearnt: the paper's network got 93.4 % right.
+DECAY = {"monk1": 1e-2, "monk2": 1e-2, "monk3": 1e-1}
 STARTS = 5
 RETRAINING = Train(epochs=150, optimizer="adam", lr=0.01, keep="best")
 METHODS: dict[str, Callable[[float], Method]] = {
@@ -112,10 +113,11 @@ def right(output: Tensor, target: Tensor) -> Tensor:
 def trained(problem: str, data: Task, seed: int) -> Result:
     """The dense network: of several starts the one that gets most training samples right."""
     hidden = PROBLEMS[problem][1]
+    train = Train(epochs=1500, optimizer="adam", lr=0.02, weight_decay=DECAY[problem], keep="best")
     found = []
     for start in range(STARTS):
         model = seeded(lambda: Monk(hidden), 100 * start + seed)
-        found.append(compress(model, data, [Stage(train=TRAINING)], seed=seed))
+        found.append(compress(model, data, [Stage(train=train)], seed=seed))
         if found[-1].figures["validation"] == 100.0:
             break
     return max(found, key=lambda result: result.figures["validation"])
