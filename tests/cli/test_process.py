@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from _typed import TINY, environment, process
+from _typed import TINY, environment, process, typed
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_interrupted_and_continued(recipe: Path, tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while not metrics.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    second = process(*arguments, "--json")
+    second = typed(*arguments, "--json")
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)
     assert (second.code, second.json["error"]) == (1, "RunConflict")

@@ -20,20 +20,22 @@ def test_a_plain_loop() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "packages", "at_least"),
+    ("name", "packages", "brief", "at_least"),
     [
-        ("lightning_module", ("lightning",), 90.0),
-        ("hugging_face_trainer", ("transformers", "accelerate"), 85.0),
+        ("lightning_module", ("lightning",), "epochs=6", 90.0),
+        ("hugging_face_trainer", ("transformers", "accelerate"), "steps=250", 85.0),
     ],
 )
-def test_somebody_elses_loop(name: str, packages: tuple[str, ...], at_least: float) -> None:
+def test_somebody_elses_loop(
+    name: str, packages: tuple[str, ...], brief: str, at_least: float
+) -> None:
     """In a process of its own: these packages change warnings and logging for good."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     script = (
         "from lilliput.testing import stand_in_for_torchvision; stand_in_for_torchvision();"
-        "import runpy, sys; print('score', runpy.run_path(sys.argv[1])['main']())"
+        f"import runpy, sys; print('score', runpy.run_path(sys.argv[1])['main']({brief}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(EXAMPLES / f"{name}.py")],

@@ -41,6 +41,8 @@ from lilliput.testing import NETWORKS
 ensemble = pytest.importorskip("sklearn.ensemble")
 
 QUICK = {"rounds": 200, "bags": 2}
+#: For ``compare``.
+BRIEF: dict[str, Any] = {"learning_rate": 0.1, "rounds": 300, "bags": 1}
 
 
 def data(samples: int, features: int, seed: int = 0) -> np.ndarray:
@@ -497,12 +499,11 @@ class TestCompare:
         scores = truth + np.where(features[:, 1] > 0, 1.0, -1.0)
         return scores + 0.5 * noise, truth + 0.5 * other, features
 
-    @pytest.mark.slow
     def test_finds_the_feature_that_is_used_otherwise(self) -> None:
         scores, outcomes, features = self.world()
         audit = compare(
-            scores, outcomes, features, bootstraps=6, bags=1, names=["age", "bias", "income"],
-            calibrate=False,
+            scores, outcomes, features, bootstraps=6, names=["age", "bias", "income"],
+            calibrate=False, **BRIEF,
         )  # fmt: skip
         age, bias, income = audit.differences
         assert bias.size > 0.7 > 0.3 > max(age.size, income.size)
@@ -522,8 +523,8 @@ class TestCompare:
         assert "no sign of missing features" in text[1]
 
     def test_errors_are_correlated_when_a_feature_is_missing(self) -> None:
-        seen = compare(*self.world(), bootstraps=2, bags=1)
-        missing = compare(*self.world(hidden=1.0), bootstraps=2, bags=1)
+        seen = compare(*self.world(), bootstraps=2, **BRIEF)
+        missing = compare(*self.world(hidden=1.0), bootstraps=2, **BRIEF)
         assert not seen.lacks_features
         assert abs(seen.correlation) < 0.1
         assert missing.lacks_features
@@ -532,24 +533,23 @@ class TestCompare:
         assert missing.rank_correlation > 0.5
         assert "likely lack features" in missing.summary()
 
-    @pytest.mark.slow
     def test_binary_outcomes_are_compared_as_log_odds(self) -> None:
         """Scores on another scale are brought to it: a teacher that is right does not differ."""
         generator = np.random.default_rng(0)
         features = generator.normal(size=(700, 2))
         odds = 1.5 * features[:, 0]
         outcomes = (generator.random(700) < 1 / (1 + np.exp(-odds))).astype(int)
-        audit = compare(10 + 4 * odds, outcomes, features, bootstraps=2, bags=1)
+        audit = compare(10 + 4 * odds, outcomes, features, bootstraps=2, **BRIEF)
         assert np.ptp(audit.differences[0].outcome) > 2
         assert audit.differences[0].size < 0.4
         assert 0.75 < audit.accuracy < 0.9
-        raw = compare(10 + 4 * odds, outcomes, features, bootstraps=2, bags=1, calibrate=False)
+        raw = compare(10 + 4 * odds, outcomes, features, bootstraps=2, calibrate=False, **BRIEF)
         assert raw.differences[0].size > 2
 
     def test_missing_values_are_a_point_of_the_curve(self) -> None:
         scores, outcomes, features = self.world(400)
         features[::4, 0] = np.nan
-        found = compare(scores, outcomes, features, bootstraps=2, bags=1).differences[0]
+        found = compare(scores, outcomes, features, bootstraps=2, **BRIEF).differences[0]
         assert np.isnan(found.grid[-1])
         assert found.share[-1] == pytest.approx(0.25)
 
@@ -557,7 +557,7 @@ class TestCompare:
         scores, outcomes, features = self.world(200)
         features[:, 2] = 1.0
         with pytest.warns(LilliputWarning, match="feature 2 is the same"):
-            found = compare(scores, outcomes, features, bootstraps=2, bags=1).differences[2]
+            found = compare(scores, outcomes, features, bootstraps=2, **BRIEF).differences[2]
         assert found.size == 0
 
     @pytest.mark.parametrize(

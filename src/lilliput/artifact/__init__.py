@@ -19,7 +19,7 @@ from lilliput.artifact.codecs.deep_compression import PaperColumns, paper_column
 from lilliput.artifact.reader import Artifact, is_artifact, open, read
 from lilliput.artifact.report import SizeReport, TensorReport
 from lilliput.artifact.tensors import BFloat16, Coded, Tensor
-from lilliput.artifact.writer import write
+from lilliput.artifact.writer import annotate, write
 
 __all__ = [
     "Artifact",
@@ -29,6 +29,7 @@ __all__ = [
     "SizeReport",
     "Tensor",
     "TensorReport",
+    "annotate",
     "is_artifact",
     "open",
     "paper_columns",

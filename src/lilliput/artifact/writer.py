@@ -13,9 +13,9 @@ import os
 import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +116,35 @@ def write(
         header_bytes=len(header),
         tensors=tuple(report_tensor(n, item.entry, item.counts) for n, item in encoded.items()),
     )
+
+
+def annotate(source: str | os.PathLike[str], path: str | os.PathLike[str], *, figures: Any) -> None:
+    """Write a file again with other figures; its tensors are copied as they lie there, not decoded.
+
+    Args:
+        source: an artifact of either profile.
+        path: where to write; may be `source` itself.
+        figures: what was measured, in the place of the figures that the file holds.
+
+    Raises:
+        OSError, UnsupportedArtifact, CorruptArtifact: as `open`; payloads are not looked at.
+        ArtifactError: when the disk refuses; an older file at `path` is then untouched.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> from lilliput.artifact import annotate, open, write
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "tiny.safetensors"
+        >>> _ = write(path, {"w": np.zeros(3, np.float32)}, figures={})
+        >>> annotate(path, path, figures={"score": 98.0})
+        >>> with open(path) as artifact:
+        ...     artifact.figures
+        {'score': 98.0}
+    """
+    with Path(source).open("rb") as file:
+        document, profile, _ = layout.unseal(file, os.fstat(file.fileno()).st_size)
+        sections = {**document.sections, "figures": figures}
+        header, order = layout.seal(replace(document, sections=sections), profile)
+        _write_atomically(Path(path), _copied(header, order, document, file))
 
 
 def _check_options(options: _Options, profile: str, tensors: Mapping[str, Tensor]) -> None:
@@ -268,6 +297,17 @@ def _stream(
     for name in order:
         for part in encoded[name].parts:
             yield from part
+
+
+def _copied(
+    header: bytes, order: list[str], document: Document, file: BinaryIO
+) -> Iterator[bytes | memoryview]:
+    yield header
+    for name in order:
+        entry = document.entries[name]
+        file.seek(entry.offset)
+        for length, _ in entry.parts:
+            yield file.read(length)
 
 
 def _write_atomically(path: Path, pieces: Iterable[bytes | memoryview]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import io
+from .. import artifact, io
 from ..core.method import Method
 from ..core.recipe import ArtifactSettings, Stage
 from ..core.run import Run
@@ -243,8 +243,9 @@ class _Execution:
     def _close_stage(self, stage: Stage, changes: list[Change]) -> None:
         """Write the file, measure what it holds, and only then call the stage done."""
         run, home = self.run, self.home
-        path = home.path / "stages" / f"{run.stage}-{_file_name(stage.name)}.safetensors"
-        loaded = self._write_and_read(path, {})
+        path = self._stage_file(run.stage)
+        self._write(path)
+        loaded = self._read(path)
         record = stage_record(run, stage, path, loaded, self.baseline)
         self.records.append(record)
         self.changes.append([change.as_dict() for change in changes])
@@ -255,24 +256,35 @@ class _Execution:
         for watcher in self.watchers:
             watcher.stage_ends(record)
 
-    def _write_and_read(self, path: Path, figures: dict[str, Any]) -> nn.Module:
+    def _stage_file(self, number: int) -> Path:
+        name = _file_name(self.job.stages[number].name)
+        return self.home.path / "stages" / f"{number}-{name}.safetensors"
+
+    def _write(self, path: Path) -> None:
         if self.home.leader:
             path.parent.mkdir(parents=True, exist_ok=True)
             settings, recipe = self.job.artifact, self.job.description
             if settings.profile == "compact":  # where a recipe would be a tenth of the file
                 recipe = {"fingerprint": fingerprint(recipe)}
-            io.save(self.run.model, path, settings=settings, recipe=recipe, figures=figures)
+            io.save(self.run.model, path, settings=settings, recipe=recipe)
         distributed.barrier()
+
+    def _read(self, path: Path) -> nn.Module:
         empty = bake(copy.deepcopy(self.run.model)).cpu()
         return io.load(path, model=empty).to(self.run.device)
 
     def _conclude(self) -> Result:
+        """The last stage's file is the run's, with the figures in it."""
         last = self.records[-1]
         baseline = self.baseline or {"score": last["score"]}
-        path = self.home.path / "model.safetensors"
-        model = self._write_and_read(
-            path, {"score": last["score"], "baseline_score": baseline["score"]}
-        )
+        source, path = self._stage_file(len(self.records) - 1), self.home.path / "model.safetensors"
+        if not source.exists():  # somebody has tidied up in a finished run
+            self._write(source)
+        if self.home.leader:
+            figures = {"score": last["score"], "baseline_score": baseline["score"]}
+            artifact.annotate(source, path, figures=figures)
+        distributed.barrier()
+        model = self._read(path)
         result = Result.of(self.records, baseline, model, path, self.home.path)
         result.figures["expect"] = expectations(self.job.expect, result.figures)
         self.home.write_json("result.json", result.figures)

@@ -216,7 +216,7 @@ def _compute(loaded: nn.Module, run: Run) -> dict[str, Any]:
         figures = nothing | {
             "macs": work.total,
             "sparse_macs": work.sparse_macs,
-            "energy_pj": energy(loaded, example, skip_zeros=True).total_pj,
+            "energy_pj": energy(loaded, example, skip_zeros=True, work=work).total_pj,
         }
     except LilliputError as error:
         return {**nothing, "unmeasured": str(error)}

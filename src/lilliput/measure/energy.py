@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from lilliput.core.select import weights
 from lilliput.core.task import call
 from lilliput.errors import InputError, UnknownName
-from lilliput.measure.macs import Inputs, macs, undisturbed, unfused
+from lilliput.measure.macs import Inputs, Macs, macs, undisturbed, unfused
 from lilliput.measure.size import size
 
 
@@ -85,6 +85,7 @@ def energy(
     arithmetic: str = "fp32",
     accumulator: str | None = None,
     weight_bits: float | None = None,
+    work: Macs | None = None,
 ) -> Energy:
     """Estimate the energy of one forward pass.
 
@@ -100,6 +101,7 @@ def energy(
             int8 usually add in int32.
         weight_bits: bits stored for a weight; by default those of ``arithmetic``. A codebook of 32
             values stores 5.
+        work: what :func:`macs` gave for the same model and inputs, where it has been called already.
 
     Returns:
         The estimate and what it charged.
@@ -120,7 +122,7 @@ def energy(
     width = table.bits[arithmetic] if weight_bits is None else weight_bits
     if not width > 0:
         raise InputError(f"energy: weight_bits is {width}, but a weight takes more than 0 bits.")
-    work, held = macs(model, example_inputs), size(model)
+    work, held = work or macs(model, example_inputs), size(model)
     charged = work.sparse_macs if skip_zeros else work.total
     fetched = width * (held.nonzeros if skip_zeros else held.parameters)
     return Energy(charged * per_mac, fetched * per_bit, charged, fetched, table.source)

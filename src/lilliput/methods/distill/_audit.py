@@ -122,6 +122,8 @@ def compare(
     points: int = 12,
     pairs: int = 0,
     bins: int = 32,
+    learning_rate: float | None = None,
+    rounds: int | None = None,
     bags: int = 4,
     bootstraps: int = 50,
     confidence: float = 0.95,
@@ -153,6 +155,8 @@ def compare(
         points: of each curve, at most; they are quantiles.
         pairs: of features with terms of their own, in both models; they are not compared.
         bins: of a feature, at most.
+        learning_rate: of each round of boosting; None for the library's default.
+        rounds: of boosting, at most; None for the library's default.
         bags: models that are averaged in each fit.
         bootstraps: fits for the intervals.
         confidence: of the intervals.
@@ -170,7 +174,7 @@ def compare(
         lilliput.errors.InputError: compare: 2 scores, 3 outcomes and features (2, 1) do not fit: ...
     """
     data = _checked(teacher_scores, outcomes, features, names, confidence, bootstraps)
-    how = Boosting(bags=bags, seed=seed)
+    how = Boosting(learning_rate, rounds, bags, seed)
     models = _Models(data.binary, calibrate, how, {"interactions": pairs, "max_bins": bins + 2})
     grids = [_grid(column, points) for column in data.features.T]
     whole = models.curves(data, np.arange(len(data.scores)), grids)

@@ -115,7 +115,7 @@ class Magnitude(SparseInRounds):
 
     def _remember(self, run: Run, chosen: list[Weight]) -> None:
         memory = self.memory(run)
-        memory["deviation"] = {w.name: float(w.value.detach().std()) for w in chosen}
+        memory["deviation"] = {w.name: _deviation(w.value.detach()) for w in chosen}
         memory["dropout"] = dict(_dropouts(run.model))
 
     def _prune(self, run: Run, chosen: list[Weight], part: float) -> None:
@@ -153,3 +153,8 @@ class Magnitude(SparseInRounds):
 def _dropouts(model: nn.Module) -> list[tuple[str, float]]:
     kinds = nn.modules.dropout._DropoutNd
     return [(n, m.p) for n, m in model.named_modules() if isinstance(m, kinds)]
+
+
+def _deviation(weight: Tensor) -> float:
+    """The standard deviation; that of a single weight is zero, for which nothing of it is small."""
+    return float(weight.std()) if weight.numel() > 1 else 0.0
