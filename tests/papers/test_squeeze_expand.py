@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ import lilliput
 from lilliput import Stage, Task, Train
 from lilliput.architectures.squeezenet import squeezenet_1_1
 from lilliput.core.method import Method
+from lilliput.deploy import OnnxNetwork, export
 from lilliput.errors import CorruptArtifact, InputError, ModelMismatch, NothingChanged
 from lilliput.mechanisms.factors import factorize_as, factors_of, fire_for, put_fire
+from lilliput.mechanisms.ranges import noise_ratio
 from lilliput.mechanisms.structure import apply_structure, structure_of
 from lilliput.mechanisms.surgery import Plan, apply_plan, plan_of
 from lilliput.methods import FilterL1, LowRank, PostTraining, SqueezeExpand
@@ -138,6 +141,20 @@ def test_the_file_fills_a_fresh_network(then: Method) -> None:
     result = lilliput.compress(small(), task(), stages)
     loaded = lilliput.load(result.artifact, model=small())
     assert torch.equal(loaded(images()), result.model.eval()(images()))
+
+
+@torch.no_grad()
+def test_it_exports_to_onnx_in_floats_and_integers(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model, x = burnt(), images(4)
+    made = export(model, x, tmp_path / "floats.onnx")
+    torch.testing.assert_close(OnnxNetwork(made.path)(x), model(x), atol=1e-5, rtol=1e-5)
+    integers = lilliput.quantize(model, [images()], bits=7).model
+    made = export(integers, x, tmp_path / "integers.onnx")
+    assert {"2.squeeze", "2.expand1x1", "2.expand3x3"} <= set(made.integer_layers)
+    assert made.float_layers == []
+    assert noise_ratio(integers(x), OnnxNetwork(made.path)(x)) > 25.0
 
 
 def test_a_kernel_that_was_cut_is_refused() -> None:
