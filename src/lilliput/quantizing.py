@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .core import registry
 from .core.run import Run
 from .core.select import example_device
-from .core.task import Task
+from .core.task import Task, answer, evaluation
 from .core.types import Batch, Change
 
 
@@ -53,7 +54,8 @@ def quantize(model: nn.Module, inputs: Iterable[Any], **settings: Any) -> Quanti
         model: any module; it stays as it is.
         inputs: of the model, some hundred samples in batches: tensors, tuples of positional arguments or
             dicts of keyword arguments. Never those on which you will measure.
-        **settings: of the method ``post_training``: ``bits``, ``rounding``, ``calibration`` and others.
+        **settings: of the method ``post_training``: ``bits``, ``rounding``, ``calibration`` and others. With
+            ``mean_bits`` a layer's price is how far its rounding moves the outputs, for there are no labels.
 
     Returns:
         The network, and what was done.
@@ -70,11 +72,13 @@ def quantize(model: nn.Module, inputs: Iterable[Any], **settings: Any) -> Quanti
         Quantized(2 of 2 layers are integers)
     """
     method: Any = registry.load("method", "post_training")(**settings)
-    batches = [Batch(x, None) for x in inputs]
     copied = copy.deepcopy(model).eval()
+    batches = [Batch(x, None) for x in inputs]
+    if method.mean_bits is not None:
+        batches = _with_outputs(copied, batches)
     run = Run(
         model=copied,
-        task=Task(batches, batches, None, _nothing, _nothing, name="some inputs"),
+        task=Task(batches, batches, None, _distance, _distance, name="some inputs"),
         device=example_device(model),
         original=model,
         methods=[method],
@@ -83,5 +87,20 @@ def quantize(model: nn.Module, inputs: Iterable[Any], **settings: Any) -> Quanti
     return Quantized(copied, method.finish(run))
 
 
-def _nothing(output: Any, target: Any) -> Tensor:
-    return torch.zeros(())
+@torch.no_grad()
+def _with_outputs(model: nn.Module, batches: list[Batch]) -> list[Batch]:
+    """What the network answers in real numbers: without labels, a layer's price is how far it moves that."""
+    with evaluation(model):
+        return [Batch(b.inputs, answer(model, b.inputs)) for b in batches]
+
+
+def _distance(output: Any, target: Any) -> Tensor:
+    """The mean squared distance of all numbers that the network gives, relative to their mean square."""
+    pairs = zip(_numbers(output), _numbers(target), strict=True)
+    apart = [(o - t).square().mean() / t.square().mean().clamp(min=1e-12) for o, t in pairs]
+    return torch.stack(apart).mean()
+
+
+def _numbers(output: Any) -> list[Tensor]:
+    found = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+    return [t.float() for t in found if t.is_floating_point()]

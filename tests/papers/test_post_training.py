@@ -697,3 +697,50 @@ def test_settings() -> None:
         PostTraining(mean_bits=3.0, choices=[4, 8])
     with pytest.raises(InputError, match="rounding"):
         PostTraining(rounding="up")
+
+
+# -- one call -------------------------------------------------------------------------------------
+
+
+def test_bits_without_labels_go_where_outputs_move_most() -> None:
+    """A layer whose weights few bits hold exactly gets few; which one comes first does not count."""
+    torch.manual_seed(0)
+    tough, easy = nn.Linear(32, 32), nn.Linear(32, 32)
+    with torch.no_grad():
+        easy.weight.copy_((easy.weight * 100).sign() * 0.1)  # integers of any bits hold it
+    for net in (nn.Sequential(tough, easy), nn.Sequential(easy, tough)):
+        found = lilliput.quantize(net, [torch.randn(64, 32)], mean_bits=6.0)
+        bits = {c.where: c.after for c in found.changes}
+        hard = "0" if net[0] is tough else "1"
+        assert bits == {f"{hard}.weight": 8, f"{1 - int(hard)}.weight": 4}
+
+
+def test_other_layers_keep_their_integers() -> None:
+    net, x = CNN.build(), next(iter(CNN.task().train)).inputs
+    first = lilliput.quantize(net, [x], layers=["0", "3"]).model
+    both = lilliput.quantize(first, [x], layers="9").model
+    assert {"0:input", "3:input", "9:input"} <= set(replaced_activations(both))
+    for place in ("0:input", "3:input"):
+        before, now = quantizer_at(first, place), quantizer_at(both, place)
+        assert before is not None and now is not None  # noqa: PT018
+        assert torch.equal(before.step, now.step)
+
+
+def test_a_layer_that_also_reads_something_else_has_a_range_of_its_own() -> None:
+    """It reads the network's input, far wider than what a layer of the list hands it in its second call."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 1)
+            with torch.no_grad():
+                self.conv.weight.mul_(0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.conv(y.relu()) + y
+
+    net, x = Twice().eval(), 3 * torch.randn(64, 2, 4, 4)
+    found = lilliput.quantize(net, [x]).model
+    with torch.no_grad():
+        assert noise_ratio(net(x), found(x)) > 25.0

@@ -333,3 +333,46 @@ def test_looking_leaves_the_network_alone() -> None:
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
     assert torch.equal(net.eval()(X), expected)
+
+
+def test_a_norm_behind_maxima_is_the_layers_own_where_it_multiplies_by_nothing_negative() -> None:
+    net = Net(
+        lambda n, x: n.b(n.norm(n.pool(n.a(x)))),
+        a=conv(), pool=nn.MaxPool2d(2), norm=norm(), b=conv(),
+    )  # fmt: skip
+    assert flow(net).norm == "norm"
+    with torch.no_grad():
+        net.norm.weight[1] = -1.0  # type: ignore[union-attr, operator, index]
+    assert flow(net).norm is None
+    assert not flow(net).to_layers
+
+
+def test_a_norm_that_is_called_twice_belongs_to_nobody() -> None:
+    net = Net(lambda n, x: n.norm(n.a(x)) + n.norm(n.b(x)), a=conv(), b=conv(), norm=norm())
+    assert flow(net).norm is None
+    assert flow(net, "b").norm is None
+
+
+@pytest.mark.parametrize(
+    ("change", "width", "own"),
+    [
+        (lambda y: y.flatten(1), 3 * 8 * 8, False),
+        (lambda y: y.transpose(0, 1).reshape(2, 3, 8, 8), 3, False),
+        (lambda y: y.flatten(2), 3, True),
+        (lambda y: F.channel_shuffle(torch.cat([y, y], 1), 2), 6, False),
+        (lambda y: y.roll(1, 1), 3, False),
+    ],
+    ids=["neurons", "mixed", "flattened", "shuffled copies", "rolled"],
+)
+def test_a_norm_of_channels_that_went_elsewhere_is_not_the_layers_own(
+    change: Callable[[Tensor], Tensor], width: int, own: bool
+) -> None:
+    kind = nn.BatchNorm1d if change(X).ndim < 4 else nn.BatchNorm2d
+    net = Net(lambda n, x: n.norm(change(n.a(x))), a=conv(), norm=kind(width))
+    assert flow(net).norm == ("norm" if own else None)
+
+
+def test_a_norm_of_positions_is_not_a_linear_layers_own() -> None:
+    net = Net(lambda n, x: n.norm(n.a(x)), a=nn.Linear(4, 5), norm=nn.BatchNorm1d(5))
+    assert found(net, torch.randn(3, 4)).layers["a"].norm == "norm"
+    assert found(net, torch.randn(3, 5, 4)).layers["a"].norm is None

@@ -32,11 +32,11 @@ _PASSING = frozenset({
     "_reshape_alias", "native_dropout", "feature_dropout", "split", "chunk", "pixel_shuffle",
     "channel_shuffle",
 })  # fmt: skip
+#: Those of them that take maxima.
+_POOLING = {operator for operator in _PASSING if "max_pool" in operator}
 #: Those of them after which channels may be elsewhere.
-_MOVING = _PASSING - {
-    "clone", "detach", "alias", "contiguous", "_to_copy", "max_pool2d", "max_pool2d_with_indices",
-    "max_pool1d", "max_pool3d_with_indices", "mkldnn_max_pool2d", "dropout", "native_dropout",
-    "feature_dropout",
+_MOVING = _PASSING - _POOLING - {
+    "clone", "detach", "alias", "contiguous", "_to_copy", "dropout", "native_dropout", "feature_dropout",
 }  # fmt: skip
 _CONVOLUTIONS = nn.modules.conv._ConvNd
 
@@ -46,7 +46,8 @@ class Flow:
     """Where a layer's output goes.
 
     Attributes:
-        norm: the batch normalization that reads it, if nothing else does.
+        norm: the batch normalization that reads it channel by channel, if nothing else does and it
+            reads nothing else.
         readers: the layers of the list that read it.
         to_layers: whether nobody else does.
         low: 0 where all of them come behind a rectifier.
@@ -87,9 +88,11 @@ class _Way(NamedTuple):
     """What a tensor is: a layer's output, changed only in ways that integers survive."""
 
     layer: str
+    output: Tensor
     low: float = -math.inf
     high: float = math.inf
     normalized: bool = False
+    pooled: bool = False
     moved: bool = False
 
 
@@ -108,17 +111,21 @@ def flows(model: nn.Module, layers: Iterable[str], inputs: Any) -> Flows:
         >>> found["0"].readers, found["0"].place, found["2"].to_layers
         (('2',), '1', False)
     """
-    with evaluation(model), _Watch(model, layers) as watch:
-        output = answer(model, inputs)
-    return watch.result(output)
+    layers, shared = tuple(layers), frozenset[str]()
+    while True:  # once more, where a normalization turned out to be called twice
+        with evaluation(model), _Watch(model, layers, shared) as watch:
+            output = answer(model, inputs)
+        if not (again := watch.shared_norms()):
+            return watch.result(output)
+        shared |= again
 
 
 class _Watch(TorchDispatchMode):
     """Books who reads the outputs of layers. Tensors are told apart by their ids, and kept alive for it."""
 
-    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[str], shared: frozenset[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.layers = model, frozenset(layers)
+        self.model, self.layers, self.shared = model, frozenset(layers), shared
         self.found: dict[str, Flow] = {}
         self._kept: list[Any] = []
         self._handles: list[Any] = []
@@ -159,7 +166,7 @@ class _Watch(TorchDispatchMode):
         self._kept.append(output)
         if name in self.layers and isinstance(output, Tensor):
             self.found.setdefault(name, Flow())
-            self._ways[id(output)] = _Way(name)
+            self._ways[id(output)] = _Way(name, output)
         self._made.setdefault(id(output), []).append(name)
 
     def __torch_dispatch__(
@@ -229,7 +236,9 @@ class _Watch(TorchDispatchMode):
     def _after(self, operator: str, args: Any, way: _Way) -> _Way | None:
         """What an operator makes of a layer's output; None where it is more than integers survive."""
         if operator in _PASSING:
-            return way._replace(moved=way.moved or operator in _MOVING)
+            return way._replace(
+                pooled=way.pooled or operator in _POOLING, moved=way.moved or operator in _MOVING
+            )
         if (limits := _limits(operator, args)) is not None:
             low, high = limits
             return way._replace(
@@ -237,13 +246,29 @@ class _Watch(TorchDispatchMode):
             )
         norm = self._running[-1] if self._running else ""
         fresh = (way.low, way.high, way.normalized) == (-math.inf, math.inf, False)
-        owned = _normalizes(self.model.get_submodule(norm))
         flow = self.found[way.layer]
         alone = way.layer not in self._plain and flow.norm is None
-        if "batch_norm" in operator and fresh and owned and alone:
+        if "batch_norm" in operator and fresh and alone and self._owns(way, norm, args[0]):
             flow.norm = norm
             return way._replace(normalized=True)
         return None
+
+    def _owns(self, way: _Way, name: str, seen: Tensor) -> bool:
+        """Whether a normalization multiplies each channel that the layer made by a number of its own."""
+        norm: Any = self.model.get_submodule(name)
+        if name in self.shared or not _normalizes(norm):
+            return False
+        if way.pooled and norm.weight is not None and bool((norm.weight < 0).any()):
+            return False  # the largest times a negative number is the smallest
+        axis = -1 if isinstance(self.model.get_submodule(way.layer), nn.Linear) else 1
+        if way.moved:  # where to, only the numbers tell: flattened, transposed, shuffled
+            return _same_channels(way.output.movedim(axis, 1), seen)
+        return axis % way.output.ndim == 1
+
+    def shared_norms(self) -> frozenset[str]:
+        """Normalizations that were taken for a layer's own, and are called more than once."""
+        norms = (flow.norm for flow in self.found.values())
+        return frozenset(norm for norm in norms if norm is not None and self._calls[norm] > 1)
 
     # -- the result ---------------------------------------------------------------------------------------
 
@@ -277,6 +302,14 @@ class _Watch(TorchDispatchMode):
 def _normalizes(module: nn.Module) -> bool:
     """Whether a module is batch normalization by constants, in eval mode."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+
+
+def _same_channels(made: Tensor, seen: Tensor) -> bool:
+    """Whether the second dims of two tensors hold the same numbers, each in its place."""
+    if made.numel() != seen.numel() or made.shape[1] != seen.shape[1]:
+        return False
+    sums = (t.double().transpose(0, 1).flatten(1).sum(1) for t in (made, seen))
+    return torch.allclose(*sums)
 
 
 def _limits(operator: str, args: Any) -> tuple[float, float] | None:

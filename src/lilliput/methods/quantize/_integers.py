@@ -116,15 +116,16 @@ class IntegerMethod(LayerMethod):
     # -- activations ----------------------------------------------------------------------------------
 
     def calibrated(self, run: Run, learned: bool = False) -> tuple[Flows, list[Batch]]:
-        """Measure ranges, and put quantizers before and behind layers.
+        """Measure ranges, and put quantizers before and behind layers; those of other layers stay.
 
         Returns:
             Where the output of each layer goes, and the calibration batches.
         """
         chosen, batches = self.layers_of(run.model), list(run.calibration(self.samples))
-        for place in [p for p in replaced_activations(run.model) if quantizer_at(run.model, p)]:
-            remove_quantizer(run.model, place)
+        others = _taken_off(run.model)
         found = flows(run.model, [w.layer for w in chosen], few(batches[0].inputs))
+        for place in others.keys() - _places(run.model, found).keys():
+            replace_activation(run.model, place, others[place])
         if self.activation_bits is not None:
             self._put_quantizers(run, found, batches, self.activation_bits, learned)
         return found, batches
@@ -191,6 +192,15 @@ def few(inputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t[:2], inputs)
 
 
+def _taken_off(model: nn.Module) -> dict[str, Quantizer]:
+    """Take all quantizers off, for they hide where tensors go; place -> quantizer."""
+    known = {place: quantizer_at(model, place) for place in replaced_activations(model)}
+    quantizers = {place: found for place, found in known.items() if found is not None}
+    for place in quantizers:
+        remove_quantizer(model, place)
+    return quantizers
+
+
 def _places(model: nn.Module, found: Flows) -> dict[str, tuple[float, float]]:
     """Where quantizers go, with the limits to which whoever reads there clips."""
     places = {f"{layer}:input": (-math.inf, math.inf) for layer in found.layers}
@@ -214,6 +224,7 @@ def _align(model: nn.Module, found: Flows) -> None:
     for layer, places in read.items():
         before = quantizer_at(model, f"{layer}:input")
         behind = quantizer_at(model, f"{next(iter(places))}:output")
-        if len(places) == 1 and before is not None and behind is not None:
+        once = len(places) == 1 and found.layers[layer].calls == 1  # another call may read anything
+        if once and before is not None and behind is not None:
             before.step.copy_(behind.step)
             before.zero.copy_(behind.zero)
