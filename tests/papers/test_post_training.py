@@ -722,7 +722,7 @@ def test_other_layers_keep_their_integers() -> None:
     assert {"0:input", "3:input", "9:input"} <= set(replaced_activations(both))
     for place in ("0:input", "3:input"):
         before, now = quantizer_at(first, place), quantizer_at(both, place)
-        assert before is not None and now is not None  # noqa: PT018
+        assert before is not None and now is not None
         assert torch.equal(before.step, now.step)
 
 
