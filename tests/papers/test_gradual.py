@@ -14,7 +14,7 @@ from lilliput.core.run import Run
 from lilliput.core.schedule import Schedule
 from lilliput.core.select import select
 from lilliput.engine.progress import Watcher
-from lilliput.methods import Gradual
+from lilliput.methods import FilterL1, Gradual, Magnitude
 from lilliput.testing import NETWORKS
 
 MLP, CNN, _ = NETWORKS
@@ -129,3 +129,55 @@ def test_best_epoch_has_the_final_sparsity() -> None:
     assert isinstance(result.model, nn.Sequential)
     for weight in select(result.model):
         assert int((weight.value == 0).sum()) == round(0.95 * weight.value.numel())
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_what_an_earlier_stage_has_pruned_stays_so(scope: str) -> None:
+    """Also while the schedule asks for less than there is; and it counts."""
+    watcher, schedule = Zeros(), Schedule(shape="cubic", end=0.75, every=1)
+    method = Gradual(sparsity=0.9, scope=scope, schedule=schedule, remove_dead=False)
+    stages = [
+        Stage(methods=[Magnitude(sparsity=0.6, remove_dead=False)], train=Train(epochs=0)),
+        Stage(methods=[method], train=Train(epochs=3, lr=0.01)),
+    ]
+    pruned = lilliput.compress(MLP.build(), MLP.task(), stages[:1]).model
+    gone = {w.name: w.value == 0 for w in select(pruned)}
+    result = lilliput.compress(MLP.build(), MLP.task(), stages, watchers=[watcher])
+    for weights in watcher.seen:
+        assert not any(bool(weights[name][zero].any()) for name, zero in gone.items())
+    assert all(torch.equal(watcher.seen[0][n] == 0, zero) for n, zero in gone.items())
+    total = sum(w.value.numel() for w in select(result.model))
+    zeros = sum(int((w.value == 0).sum()) for w in select(result.model))
+    assert zeros == pytest.approx(0.9 * total, abs=2)
+
+
+def test_weights_that_begin_at_zero_train() -> None:
+    """No earlier stage has pruned them, though they look so."""
+    model = MLP.build()
+    with torch.no_grad():
+        model[5].weight.zero_()  # type: ignore[index]
+    schedule = Schedule(shape="linear", begin=0.5)
+    stage = Stage(
+        methods=[Gradual(sparsity=0.5, schedule=schedule, remove_dead=False)], train=Train(epochs=3)
+    )
+    last = select(lilliput.compress(model, MLP.task(), [stage]).model)[-1].value
+    assert int(last.count_nonzero()) == last.numel() - round(0.5 * last.numel())
+
+
+def test_what_was_pruned_is_cut_with_the_channels() -> None:
+    """Surgery in the same stage makes the masks of the earlier stage thinner too."""
+    watcher = Zeros()
+    methods = [
+        Gradual(sparsity=0.8, schedule=Schedule(shape="cubic", every=1), remove_dead=False),
+        FilterL1(keep=0.5, round_to=1, rounds=2),
+    ]
+    stages = [
+        Stage(methods=[Magnitude(sparsity=0.6, remove_dead=False)], train=Train(epochs=0)),
+        Stage(methods=methods, train=Train(epochs=3, lr=0.01)),
+    ]
+    lilliput.compress(MLP.build(), MLP.task(), stages, watchers=[watcher])
+    for earlier, later in zip(watcher.seen, watcher.seen[1:], strict=False):
+        for name in later:
+            if later[name].shape == earlier[name].shape:
+                assert not bool(later[name][earlier[name] == 0].any())
+    assert watcher.seen[0]["0.weight"].shape != watcher.seen[-1]["0.weight"].shape

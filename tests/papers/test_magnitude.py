@@ -180,6 +180,22 @@ def test_dropout_is_computed_from_the_dense_rate_in_every_round() -> None:
     assert model[1].p == pytest.approx(0.25)
 
 
+def test_dropout_behind_a_layer_that_takes_no_part_stays() -> None:
+    model = nn.Sequential(
+        nn.Linear(12, 20), nn.Dropout(0.4), nn.Linear(20, 20), nn.Dropout(0.5), nn.Linear(20, 3)
+    )
+    attached(model, Magnitude(sparsity={"0": 0.75}))
+    assert model[1].p == pytest.approx(0.2)
+    assert model[3].p == 0.5
+
+
+def test_dropout_counts_each_connection_once_over_two_stages() -> None:
+    model = nn.Sequential(nn.Linear(12, 20), nn.Dropout(0.5), nn.Linear(20, 3))
+    for sparsity in (0.5, 0.75):
+        attached(model, Magnitude(sparsity={"0": sparsity}))
+    assert model[1].p == pytest.approx(0.5 * (0.25) ** 0.5)
+
+
 @pytest.mark.parametrize("step", [2, 7, 10])
 def test_dropout_survives_an_interruption(step: int, tmp_path: Any) -> None:
     """The weakened rate is no tensor, and yet a resumed run must have it."""
@@ -304,6 +320,84 @@ class TestDeadNeurons:
         method.finish(run)
         x = torch.randn(256, 6, 8)
         torch.testing.assert_close(model(x), before(x), rtol=1e-3, atol=1e-4)
+
+
+class Hidden(nn.Module):
+    """Two layers, the second of which reads a hidden unit that is always zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 3)
+        with torch.no_grad():
+            self.first.weight[2] = 0.0
+            self.first.bias[2] = -0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu())  # type: ignore[no-any-return]
+
+
+class OwnPrecision(Hidden):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float() / 255)
+
+
+class ByName(Hidden):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(input=self.first(input=x).relu())  # type: ignore[no-any-return]
+
+
+class OwnState(Hidden):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 12, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = torch.zeros(1, len(x), 12)
+        seen, _ = self.lstm(x.view(len(x), 3, 4), (start, start))
+        return super().forward(seen[:, -1])
+
+
+class Frozen(Hidden):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            seen = self.first(x).relu()
+        return self.second(seen)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [Hidden, OwnPrecision, ByName, OwnState])
+def test_dead_neurons_of_a_forward_with_ways_of_its_own(kind: type[Hidden]) -> None:
+    torch.manual_seed(0)
+    model = kind()
+    run = attached(model, method := Magnitude(sparsity=0.0))
+    before = copy.deepcopy(model)
+    method.finish(run)
+    assert not model.second.weight[:, 2].any()
+    assert int(model.second.weight.count_nonzero()) == 7 * 3
+    x = torch.randn(64, 12)
+    torch.testing.assert_close(model(x), before(x), rtol=1e-5, atol=1e-6)
+
+
+def test_dead_neurons_stay_where_the_forward_cannot_be_probed() -> None:
+    model = Frozen()
+    run = attached(model, method := Magnitude(sparsity=0.0))
+    before = values(model)
+    method.finish(run)
+    assert all(torch.equal(value, before[name]) for name, value in values(model).items())
+
+
+def test_a_pixel_that_is_dark_in_one_batch_is_not_dead() -> None:
+    images = torch.randint(1, 256, (16, 12), dtype=torch.uint8)
+    dark = images.clone()
+    dark[:, 5] = 0
+    labels = torch.arange(16) % 3
+    batches = [(dark, labels), (images, labels)]
+    task = lilliput.Task(batches, batches, batches, nn.functional.cross_entropy, lilliput.accuracy)
+    model, method = OwnPrecision(), Magnitude(sparsity=0.0)
+    run = Run(model, task, methods=[method])
+    method.attach(run)
+    method.finish(run)
+    assert model.first.weight[:, 5].any()
+    assert not model.second.weight[:, 2].any()
 
 
 def test_trainable_pattern_freezes_the_convolutions_bit_for_bit() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -228,6 +228,30 @@ def test_channels_of_convolutions_and_through_batch_normalization() -> None:
     thin, changes = merge(model, IMAGES, count=1, convolutions=True)
     assert changes == [("0", 6, 5), ("3", 8, 7)]
     assert torch.allclose(thin(IMAGES), model(IMAGES), rtol=0, atol=1e-13)
+
+
+class Between(nn.Module):
+    """Something that is no module stands before the first normalization."""
+
+    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.between = between
+        self.first, self.norm = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6)
+        self.second, self.other = nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6)
+        self.end = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.between(self.first(x)))
+        out: torch.Tensor = self.end(self.other(input=self.second(x)).relu().mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("between", [torch.relu, torch.relu_, lambda x: 2 * x])
+def test_only_a_normalization_of_the_output_itself_is_folded(between: Any) -> None:
+    _, changes = merge(Between(between).double().eval(), IMAGES, keep=0.5, convolutions=True)
+    assert changes == [("second", 6, 3), ("first", 6, 6)]
+    _, changes = merge(Between(lambda x: x).double().eval(), IMAGES, keep=0.5, convolutions=True)
+    assert changes == [("first", 6, 3), ("second", 6, 3)]
 
 
 def test_only_linear_layers_unless_asked() -> None:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import lilliput
 from lilliput import Stage, Train
+from lilliput.core.select import select
 from lilliput.errors import CorruptArtifact, InputError, ModelMismatch, SurgeryFailed, UnknownName
+from lilliput.mechanisms.encodings import Mask, encode
 from lilliput.mechanisms.packing import pack_of
 from lilliput.methods import FilterL1, Magnitude, Packnet, Piggyback
 from lilliput.testing import NETWORKS
@@ -182,6 +184,20 @@ def test_removing_tasks(three: list[Any], inputs: Tensor) -> None:
     )
 
 
+def test_a_task_that_cannot_be_removed_yet_stays(three: list[Any], inputs: Tensor) -> None:
+    """A network that still trains cannot become another task, and knows all of its tasks afterwards."""
+    model = as_task(three[2], "c")
+    pack, expected = pack_of(model), logits(model, inputs)
+    weight = select(model)[1]
+    encode(weight, Mask(torch.ones_like(weight.value)))
+    for change in (lilliput.remove_task, lambda m, _: lilliput.switch(m, "a")):
+        with pytest.raises(InputError, match="still trains"):
+            change(model, "c")
+        assert pack_of(model) is pack
+        assert torch.equal(logits(model, inputs), expected)
+    assert lilliput.tasks_of(model) == ["a", "b", "c"]
+
+
 def test_two_stages_of_one_task_go_on(inputs: Tensor) -> None:
     """The second prunes nothing more, and does not take back what the first gave away."""
     stages = [
@@ -208,6 +224,20 @@ def test_one_run_of_several_tasks(inputs: Tensor, tmp_path: Path) -> None:
     alone = lilliput.load(first, model=CNN.build())
     together = lilliput.load(tmp_path / "model.safetensors", model=CNN.build(), task="a")
     assert torch.equal(logits(alone, inputs), logits(together, inputs))
+
+
+def test_running_statistics_stay_where_nothing_is_left_to_freeze(inputs: Tensor) -> None:
+    """Normalization without parameters, layers without biases: only the statistics could move."""
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 16, bias=False), nn.BatchNorm1d(16, affine=False), nn.ReLU(),
+        nn.Linear(16, 3),
+    )  # fmt: skip
+    first = add(model, "a")
+    known = logits(first.model, inputs)
+    assert not torch.equal(first.model[2].running_mean, torch.zeros(16))
+    second = add(first.model, "b")
+    assert torch.equal(second.model[2].running_mean, first.model[2].running_mean)
+    assert torch.equal(logits(lilliput.switch(second.model, "a"), inputs), known)
 
 
 # -- bad input ------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from lilliput.engine.progress import Watcher
 from lilliput.errors import InputError
 from lilliput.mechanisms.encodings import Threshold, encode, encoding_of
 from lilliput.mechanisms.packing import pack_of
-from lilliput.methods import Codebook, Piggyback
+from lilliput.methods import Codebook, Magnitude, Piggyback
 from lilliput.testing import NETWORKS
 
 _, CNN, _ = NETWORKS
@@ -163,6 +163,23 @@ def test_over_shared_values(inputs: Tensor) -> None:
     ]
     model = lilliput.compress(CNN.build(), CNN.task(), stages).model
     assert len(model[3].weight.unique()) <= 9  # type: ignore[index]
+
+
+@pytest.mark.parametrize("earlier", [Magnitude(sparsity=0.5), Codebook(bits=2, layers="9")])
+@pytest.mark.parametrize("outputs", [3, 5])
+def test_an_encoded_last_layer_is_made_anew(earlier: Any, outputs: int, inputs: Tensor) -> None:
+    """The new task's has neither the zeros nor the shared values of the one before."""
+    alone = lilliput.compress(CNN.build(), CNN.task(), [Stage(methods=[earlier], train=TRAIN)])
+    stages = [
+        Stage(methods=[earlier], train=TRAIN),
+        Stage(methods=[Piggyback(task="one", base="zero", outputs=outputs)], train=TRAIN),
+    ]
+    model = lilliput.compress(CNN.build(), CNN.task(), stages).model
+    head = model[-1].weight  # type: ignore[index]
+    assert head.shape[0] == outputs
+    assert len(head.unique()) == head.numel()
+    assert bool((head != 0).all())
+    assert torch.equal(logits(lilliput.switch(model, "zero"), inputs), logits(alone.model, inputs))
 
 
 def test_bad_settings(inputs: Tensor) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import lilliput
 from lilliput import Stage, Task, Train
+from lilliput.core.run import Run
 from lilliput.core.select import select
 from lilliput.core.types import Batch
 from lilliput.errors import InputError
@@ -21,10 +23,12 @@ from lilliput.mechanisms.curvature import (
     from_rows,
     input_hessians,
     inverse_by_recursion,
+    loss_vectors,
     one_by_one,
     output_vectors,
 )
 from lilliput.methods import Surgeon
+from lilliput.methods.prune import surgeon
 from lilliput.methods.prune._removals import greedy, prices, removals, remove, sweep
 
 G = torch.Generator()
@@ -322,6 +326,73 @@ def test_what_was_zero_before_stays_zero() -> None:
         both = lilliput.compress(model, task, stages).model.weight == 0
         assert int(both.sum()) == 12
         assert (both | ~first).all()
+
+
+def test_damping_of_blocks_is_a_part_of_the_mean_curvature(monkeypatch: Any) -> None:
+    """Whatever the number of samples: of the mean over them, not of their sum."""
+    model, task = regression()
+    alphas: list[float] = []
+
+    def noted(vectors: Any, total: int, damping: float) -> Tensor:
+        alphas.append(damping)
+        return inverse_by_recursion(vectors, total, damping)
+
+    monkeypatch.setattr(surgeon, "inverse_by_recursion", noted)
+    operated(model, task, sparsity=0.5, curvature="blocks", damping=0.5)
+    samples = one_by_one([Batch(*b) for b in task.train], 60)
+    slopes = torch.cat(list(loss_vectors(model, select(model), [], samples, HALF)))
+    assert alphas == [pytest.approx(0.5 * float(slopes.square().mean()), rel=1e-5)]
+
+
+def test_more_zeros_than_are_due_stay_zeros() -> None:
+    """The first block has lost all of its weights already, the second none."""
+    rows, hessian = drawn(4, 16, seed=1), spd(16, seed=2)
+    rows[:, :8] = 0.0
+    for sparsity, zeros in ((0.5, 32), (0.75, 48), (0.25, 32)):
+        moved = sweep(rows, hessian, sparsity, 8, None)
+        assert not moved[:, :8].any()
+        assert int((moved == 0).sum()) == zeros
+    rows[:, 9:12] = 0.0
+    moved = sweep(rows, hessian, 0.0, 8, (2, 4))
+    assert not moved[:, :8].any()
+    assert not moved[:, 9:12].any()
+
+
+def test_magnitude_before_a_sweep_in_blocks() -> None:
+    model, task = regression(16)
+    with torch.no_grad():
+        model.weight[:, :8] *= 1e-3
+    stages = [
+        Stage(methods=[lilliput.methods.Magnitude(sparsity=0.5)], train=Train(epochs=0)),
+        Stage(methods=[Surgeon(sparsity=0.75, samples=60, block=8)], train=Train(epochs=0)),
+    ]
+    first = lilliput.compress(model, task, stages[:1]).model.weight == 0
+    both = lilliput.compress(model, task, stages).model.weight == 0
+    assert first[:, :8].all()  # twelve are due there, and sixteen are gone
+    assert both[:, :8].all()
+    assert int(both.sum()) == 24
+
+
+class Elsewhere(TorchFunctionMode):
+    """A tensor that is made without a device lies where the network does not."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.tensor:
+            kwargs = {"device": "meta", **(kwargs or {})}
+        return func(*args, **(kwargs or {}))
+
+
+def test_surgery_stays_on_the_networks_device() -> None:
+    model, task = regression()
+    method = Surgeon(sparsity=0.5, curvature="network")
+    run = Run(model, task, methods=[method])
+    with Elsewhere():
+        moved, _ = method._surgery(
+            run, drawn(8), list(drawn(20, 1, 8, seed=1)), torch.ones(8, dtype=torch.bool), 1.0
+        )
+    assert int((moved == 0).sum()) == 4
 
 
 # -- bad input ------------------------------------------------------------------------------------

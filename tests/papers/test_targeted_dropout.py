@@ -127,3 +127,23 @@ def test_candidates_are_pruned_at_the_end(by: str) -> None:
 def test_nothing_is_left_out_at_rate_zero() -> None:
     _, seen = run(rate=0.0)
     assert not any(left_out.any() for left_out in seen.left_out)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("by", ["weight", "unit"])
+def test_units_of_a_transposed_convolution_are_its_outputs(by: str, groups: int) -> None:
+    """They lie in the second dim of its weight, those of each group apart."""
+    layer = nn.ConvTranspose2d(6, 4, 2, groups=groups, bias=False)
+    outputs = 4 // groups
+    with torch.no_grad():
+        layer.weight[-1, :].mul_(1e-3)  # the last input is weak, which nobody asks for
+        layer.weight[: 6 // groups, 1].mul_(1e-2)  # the second output
+    method = TargetedDropout(sparsity=0.25, by=by, remove_dead=False)
+    run = Run(nn.Sequential(layer), MLP.task(), methods=[method])
+    method.attach(run)
+    method.before_step(run)
+    method.finish(run)
+    gone = (layer.weight == 0).view(groups, 6 // groups, outputs, 4).transpose(1, 2).reshape(4, -1)
+    if by == "unit":
+        assert gone.all(1).tolist() == [False, True, False, False]
+    assert gone.sum(1).tolist() == ([0, 24 // groups, 0, 0] if by == "unit" else [6 // groups] * 4)

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..core.select import Weight
 from ..errors import InputError, ModelMismatch, UnknownName
@@ -178,11 +179,12 @@ def switch(model: nn.Module, task: str) -> nn.Module:
         The model.
 
     Raises:
-        InputError: the network has no tasks.
+        InputError: the network has no tasks, or still trains; nothing is changed.
         UnknownName: it has no such task.
     """
     pack = _pack_that_is_there(model)
     state = pack.state(task)
+    _refuse_encoded(model, state)
     fit(model, state)
     _store(model, state)
     set_pack(model, replace(pack, current=task))
@@ -197,12 +199,18 @@ def remove_task(model: nn.Module, task: str) -> nn.Module:
         task: one of :func:`tasks_of`. If it is the current one the network becomes the last that is left.
 
     Raises:
-        InputError: later tasks see its weights, or it is the only one; nothing is changed.
+        InputError: later tasks see its weights, it is the only one, or the network still trains; nothing is
+            changed.
         UnknownName: the network has no such task.
     """
-    rest = _pack_that_is_there(model).without(task)
+    pack = _pack_that_is_there(model)
+    rest = pack.without(task)
     set_pack(model, rest)
-    return switch(model, rest.current)
+    try:
+        return switch(model, rest.current)
+    except BaseException:
+        set_pack(model, pack)
+        raise
 
 
 def settled(model: nn.Module, state: Tensors) -> Pack | None:
@@ -270,18 +278,24 @@ def fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def tensors_inside(model: nn.Module, layers: list[str]) -> Iterator[str]:
-    """The names of the parameters and buffers of some modules."""
+    """The names of the parameters and buffers of some modules, of encoded ones those that they stand for."""
     for layer in layers:
         module = model.get_submodule(layer)
+        if parametrize.is_parametrized(module):
+            stacks: Any = module.parametrizations
+            yield from (f"{layer}.{leaf}".lstrip(".") for leaf in stacks)
         for leaf in (*module._parameters, *module._buffers):
             if module._parameters.get(leaf) is not None or module._buffers.get(leaf) is not None:
                 yield f"{layer}.{leaf}".lstrip(".")
 
 
-@torch.no_grad()
-def _store(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, value in state.items():
+def _tensors_of(model: nn.Module) -> Tensors:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _refuse_encoded(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    own = _tensors_of(model)
+    for name in state:
         if name not in own:
             layer, _, leaf = name.rpartition(".")
             kinds = [e.kind for e in Weight(layer, model.get_submodule(layer), leaf).encodings()]
@@ -289,6 +303,12 @@ def _store(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 f"{name} is encoded ({', '.join(kinds)}): the network still trains. Switch the network that "
                 "compress returned, or one that was loaded."
             )
+
+
+@torch.no_grad()
+def _store(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    own = _tensors_of(model)
+    for name, value in state.items():
         own[name].copy_(value)
 
 

@@ -17,6 +17,7 @@ from ...core.select import Weight, matches, weights
 from ...core.types import Layers
 from ...errors import InputError, NothingMatched, did_you_mean
 from ...measure import effective_state
+from ...mechanisms.encodings import strip
 from ...mechanisms.packing import Pack, Tensors, fit, pack_of, tensors_inside
 
 _NORMS = nn.modules.batchnorm._NormBase
@@ -104,10 +105,10 @@ class TaskMethod(LayerMethod):
         self._same_layers(run.model, pack)
         if pack.tasks and not self.continues(pack):
             self._new_layers(run.model)
-        others = any(name != self.task for name in pack.tasks)
-        self.memory(run)["frozen"] = (
-            self._freeze(run.model) if others or self.kind == "masks" else []
-        )
+        # Not the same as whether a parameter was frozen: normalization may have none, or none that trains.
+        still = self.kind == "masks" or any(name != self.task for name in pack.tasks)
+        self.memory(run)["still"] = still
+        self.memory(run)["frozen"] = self._freeze(run.model) if still else []
 
     def continues(self, pack: Pack) -> bool:
         """Whether the stage goes on with the task that came last."""
@@ -115,7 +116,7 @@ class TaskMethod(LayerMethod):
 
     def before_step(self, run: Run) -> None:
         """Frozen statistics do not move: the engine has put all modules in train mode."""
-        if self.memory(run)["frozen"]:
+        if self.memory(run)["still"]:
             own = self.own_layers(run.model)
             for name, module in run.model.named_modules():
                 if isinstance(module, _NORMS) and module.track_running_stats and name not in own:
@@ -146,6 +147,9 @@ class TaskMethod(LayerMethod):
     def _new_layers(self, model: nn.Module) -> None:
         for name in self.own_layers(model):
             module = model.get_submodule(name)
+            if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+                continue
+            strip(Weight(name, module, "weight"))  # masks and shared values are another task's
             if isinstance(module, nn.Linear) and self.outputs is not None:
                 wider = {
                     f"{name}.weight": module.weight.new_empty(self.outputs, module.in_features)
@@ -153,8 +157,7 @@ class TaskMethod(LayerMethod):
                 if module.bias is not None:
                     wider[f"{name}.bias"] = module.weight.new_empty(self.outputs)
                 fit(model, wider)
-            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-                module.reset_parameters()
+            module.reset_parameters()
 
     def _freeze(self, model: nn.Module) -> list[str]:
         """Freeze all but the backbone's weights and the task's own tensors; which were frozen here."""

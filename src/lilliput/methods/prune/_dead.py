@@ -8,12 +8,16 @@ magnitudes and whose biases and means are zero: there nothing cancels, so an unf
 The rule holds for linear and convolution layers, normalization by batch, monotone activations and
 pooling. Elsewhere (softmax over equal values, layer normalization) it may not, so the result is
 checked: if the outputs on a real batch move, everything is put back.
+
+The surprising rule: a network that cannot be looked at so (a part of its forward runs under ``no_grad``)
+simply keeps the connections of its dead neurons; they cost bytes, not accuracy.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +30,7 @@ from ...mechanisms.encodings import bake, reapply, stored_masks
 from ._masking import mask_of
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+_Dead: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 
 
 def remove_dead_connections(run: Run, weights: list[Weight]) -> None:
@@ -40,6 +45,8 @@ def remove_dead_connections(run: Run, weights: list[Weight]) -> None:
         return
     inputs = next(run.calibration(1)).inputs
     dead = _dead_channels(run.model, plain, inputs)
+    if dead is None:
+        return
     constants = _constants(run.model, plain, inputs)
     state = {k: v.clone() for k, v in run.model.state_dict().items()}
     before = _outputs(run.model, inputs)
@@ -51,25 +58,36 @@ def remove_dead_connections(run: Run, weights: list[Weight]) -> None:
         run.model.load_state_dict(state)
 
 
-def _dead_channels(
-    model: nn.Module, weights: list[Weight], inputs: Any
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per layer: which input channels are unfed, which output channels unneeded."""
+def _dead_channels(model: nn.Module, weights: list[Weight], inputs: Any) -> _Dead | None:
+    """Per layer: which input channels are unfed, which output channels unneeded; None if it cannot be told.
+
+    In double precision, where magnitudes of many layers neither vanish nor overflow. Some networks cannot
+    run in it (``x.float()`` in forward, an initial state of their own): those keep their own.
+    """
+    for double in (True, False):
+        try:
+            return _probed(model, weights, inputs, double)
+        except Exception:
+            continue  # whatever it is, the network itself runs, and may keep its dead neurons
+    return None
+
+
+def _probed(model: nn.Module, weights: list[Weight], inputs: Any, double: bool) -> _Dead:
     positive = _magnitudes(model)
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    positive = positive.double() if double else positive
+    seen: _Dead = {}
 
     def watch(layer: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, args: Any, keywords: Any, output: Tensor) -> None:
             output.retain_grad()
-            seen[layer] = (args[0], output)
+            seen[layer] = (_input(args, keywords), output)
 
         return hook
 
     for weight in weights:
-        positive.get_submodule(weight.layer).register_forward_hook(watch(weight.layer))
-    ones = pytree.tree_map(
-        lambda t: torch.ones_like(t[:1]).double() if t.is_floating_point() else t[:1], inputs
-    )
+        layer = positive.get_submodule(weight.layer)
+        layer.register_forward_hook(watch(weight.layer), with_kwargs=True)
+    ones = pytree.tree_map_only(Tensor, lambda t: _ones(t[:1], double), inputs)
     with torch.enable_grad():
         outputs = [t for t in pytree.tree_leaves(call(positive, ones)) if isinstance(t, Tensor)]
         torch.stack([t.sum() for t in outputs]).sum().backward()
@@ -85,9 +103,16 @@ def _dead_channels(
     }
 
 
+def _ones(like: Tensor, double: bool) -> Tensor:
+    """An input that feeds everything; indices stay what they are, bytes are taken for pixels."""
+    if like.is_floating_point():
+        return torch.ones_like(like, dtype=torch.float64 if double else None)
+    return torch.ones_like(like) if like.dtype == torch.uint8 else like
+
+
 def _magnitudes(model: nn.Module) -> nn.Module:
-    """A double-precision copy in which nothing can cancel."""
-    positive = bake(copy.deepcopy(model)).eval().double()
+    """A copy in which nothing can cancel."""
+    positive = bake(copy.deepcopy(model)).eval()
     with torch.no_grad():
         for parameter in positive.parameters():
             parameter.requires_grad_(True).abs_()
@@ -102,14 +127,14 @@ def _constants(model: nn.Module, weights: list[Weight], inputs: Any) -> dict[str
     found: dict[str, Tensor] = {}
 
     def watch(weight: Weight) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = _by_channel(module, args[0])
+        def hook(module: nn.Module, args: Any, keywords: Any) -> None:
+            rows = _by_channel(module, _input(args, keywords))
             same = (rows.amax(0) - rows.amin(0)).abs() <= 1e-6
             found[weight.layer] = torch.where(same, rows[0], torch.nan)
 
         return hook
 
-    handles = [w.module.register_forward_pre_hook(watch(w)) for w in weights]
+    handles = [w.module.register_forward_pre_hook(watch(w), with_kwargs=True) for w in weights]
     try:
         _outputs(model, inputs)
     finally:
@@ -153,6 +178,11 @@ def _same(before: list[Tensor], after: list[Tensor]) -> bool:
         torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()) + 1e-7)
         for a, b in zip(after, before, strict=True)
     )
+
+
+def _input(args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
+    """What a layer gets, by place or by name."""
+    return next(t for t in (*args, *keywords.values()) if isinstance(t, Tensor))
 
 
 def _by_channel(module: nn.Module, tensor: Tensor) -> Tensor:

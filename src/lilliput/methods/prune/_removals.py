@@ -124,9 +124,10 @@ def sweep(
             kept = torch.zeros_like(price, dtype=torch.bool)
             kept.scatter_(1, price.topk(pattern[0], dim=1).indices, True)
         else:
-            due = count(weights[:, :last].numel(), sparsity) - gone_before
+            due = max(count(weights[:, :last].numel(), sparsity) - gone_before, 0)
             kept = keep_largest(price, due / price.numel())
-            gone_before += due
+        kept &= ~dead[:, first:last]  # more may be dead than are due
+        gone_before += int((~kept).sum())
         settle_columns(
             weights, factor, range(first, last), partial(_cleared, kept=kept, first=first)
         )

@@ -7,6 +7,8 @@ Equation 1: ``s_t = s_f + (s_i - s_f) * (1 - (t - t_0) / (n * dt))**3``. Every `
 smallest magnitude of each layer are masked so that exactly ``round(s_t * N)`` are zero; masked weights
 get no update, and training goes on between and after.
 
+Weights that an earlier stage has pruned go first, and stay pruned even while the schedule asks for less.
+
 Faithful: schedule, ranking within a layer, masked weights stay at zero. As options, the ranking may
 go over all layers together, and dead neurons lose their other connections at the end.
 
@@ -28,7 +30,7 @@ from ...core.run import Run
 from ...core.schedule import Schedule
 from ...core.select import Weight
 from ...core.types import Change, PerLayer, Sparsity
-from ...mechanisms.encodings import reapply, stored_masks
+from ...mechanisms.encodings import Mask, encoding_of, reapply, stored_masks
 from ...mechanisms.ranking import keep_largest, keep_largest_together
 from ._allocation import SparsityMethod
 from ._dead import remove_dead_connections
@@ -66,9 +68,11 @@ class Gradual(SparsityMethod):
         return cls(sparsity=0.5)
 
     def attach(self, run: Run) -> None:
-        """Put masks on that let everything through."""
+        """Put masks on where there are none yet."""
         chosen = self.weights(run.model)
         self.memory(run)["before"] = {w.name: nonzeros(w.value) for w in chosen}
+        # Names only: the masks themselves say which weights, and are cut with the layers by surgery.
+        self.memory(run)["masked"] = [w.name for w in chosen if encoding_of(w, Mask)]
         self.allocate(run, chosen)
         put_masks(chosen)
         if not run.total_steps:
@@ -96,9 +100,22 @@ class Gradual(SparsityMethod):
     def _prune(self, run: Run, progress: float) -> None:
         chosen = self.weights(run.model)
         scores = [w.value.detach().abs() for w in chosen]
-        for weight, mask in zip(chosen, self._masks(run, chosen, scores, progress), strict=True):
-            mask_of(weight).update(mask)
+        before = self._pruned_before(run, chosen)
+        scores = [
+            s if b is None else s.masked_fill(b, -1.0) for s, b in zip(scores, before, strict=True)
+        ]
+        masks = self._masks(run, chosen, scores, progress)
+        for weight, gone, mask in zip(chosen, before, masks, strict=True):
+            mask_of(weight).update(mask if gone is None else mask & ~gone)
         reapply(stored_masks(run.model))
+
+    def _pruned_before(self, run: Run, chosen: list[Weight]) -> list[Tensor | None]:
+        """What stays pruned; None for weights on which this stage has put the first mask.
+
+        In such weights a zero is no verdict: it may be how training begins, and may become something else.
+        """
+        masked = self.memory(run)["masked"]
+        return [~mask_of(w).mask if w.name in masked else None for w in chosen]
 
     def _masks(
         self, run: Run, chosen: list[Weight], scores: list[Tensor], progress: float

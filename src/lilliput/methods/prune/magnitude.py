@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ...core.registry import method
 from ...core.run import Run
-from ...core.select import Weight
+from ...core.select import Weight, weights
 from ...core.types import Change, PerLayer, Positive, resolve
 from ...mechanisms.encodings import reapply, stored_masks
 from ...mechanisms.ranking import keep_largest, keep_largest_together
@@ -140,14 +140,15 @@ class Magnitude(SparseInRounds):
 
     def _weaken_dropout(self, run: Run, chosen: list[Weight]) -> None:
         """A dropout belongs to the weight that stands before it in the model's order of modules."""
-        weights = {w.layer: w for w in chosen}
-        before = self.memory(run)["dropout"]
+        mine, every = {w.layer: w for w in chosen}, {w.layer for w in weights(run.model)}
+        memory = self.memory(run)
         last: Weight | None = None
         for name, module in run.model.named_modules():
-            last = weights.get(name, last)
-            if name in before and last is not None:
-                kept, total = nonzeros(last.value), last.value.numel()
-                module.p = corrected_dropout(before[name], kept, total)
+            last = mine.get(name) if name in every else last
+            if name in memory["dropout"] and last is not None:
+                # Of the connections as the stage found them: what an earlier one took it has counted.
+                kept, total = nonzeros(last.value), max(memory["before"][last.name], 1)
+                module.p = corrected_dropout(memory["dropout"][name], kept, total)
 
 
 def _dropouts(model: nn.Module) -> list[tuple[str, float]]:

@@ -26,7 +26,8 @@ When not to use it: where there are data to retrain with, every other criterion 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Annotated, Any, ClassVar
@@ -39,6 +40,7 @@ from torch import Tensor, nn
 
 from ...core.registry import method
 from ...core.run import Run
+from ...core.task import answer, evaluation
 from ...core.types import Change, Keep, PerLayer, resolve
 from ...errors import NothingMatched
 from ...mechanisms.budget import rounded
@@ -178,8 +180,10 @@ class NeuronMerging(LayerwiseMethod):
     def attach(self, run: Run) -> None:
         """Refuse a network in which no layer can be merged."""
         groups = self.groups(run)
+        # Once: which normalization follows which layer stays so while channels go.
+        self.memory(run)["norms"] = norms_behind(run.model, self.inputs(run))
         mine = [g for g, m in zip(groups.groups, self.takes_part(groups), strict=True) if m]
-        reasons = {g.name: self._why_not(run.model, g) for g in mine}
+        reasons = {g.name: self._why_not(run, g) for g in mine}
         self.memory(run)["whole"] = [
             [g.name, g.channels, w] for g in mine if (w := reasons[g.name])
         ]
@@ -202,7 +206,7 @@ class NeuronMerging(LayerwiseMethod):
     def allowed(self, run: Run, groups: Groups) -> list[np.ndarray]:
         """The counts that each group may keep; only all, where its channels cannot be merged."""
         return [
-            counts[-1:] if self._why_not(run.model, group) else counts
+            counts[-1:] if self._why_not(run, group) else counts
             for group, counts in zip(groups.groups, super().allowed(run, groups), strict=True)
         ]
 
@@ -218,10 +222,10 @@ class NeuronMerging(LayerwiseMethod):
     def chosen(self, run: Run, groups: Groups, number: int) -> np.ndarray:
         """The neurons that are merged into others."""
         group = groups.groups[number]
-        if self._why_not(run.model, group):
+        if self._why_not(run, group):
             return np.empty(0, dtype=np.int64)
         going = group.channels - self.width(run, groups, number)
-        self._merges = list(islice(self._removals(run.model, group), going))
+        self._merges = list(islice(self._removals(run, group), going))
         return np.sort(np.array([m.removed for m in self._merges], dtype=np.int64))
 
     def edit(self, run: Run, groups: Groups, removal: Removal) -> Edit | None:
@@ -241,25 +245,39 @@ class NeuronMerging(LayerwiseMethod):
 
         return merge
 
-    def _why_not(self, model: nn.Module, group: Group) -> str:
+    def _why_not(self, run: Run, group: Group) -> str:
         if self.count is not None and resolve(self.count, group.name) is None:
             return f"no pattern of count, {self.count}, covers it"
-        return why_not(model, group, self.convolutions)
+        norm = self._norm(run, group) if self.convolutions else None
+        return why_not(run.model, group, self.convolutions, norm)
 
     def _asked(self, run: Run, group: Group) -> int:
         """How many neurons go by ``count`` or by the heuristic."""
         if self.count is not None:
             return resolve(self.count, group.name) or 0
-        limit = mode_of(saliencies(incoming(run.model, group), outgoing(run.model, group)))
-        below = takewhile(lambda m: m.saliency < limit, self._removals(run.model, group))
+        rows = incoming(run.model, group, self._norm(run, group))
+        limit = mode_of(saliencies(rows, outgoing(run.model, group)))
+        below = takewhile(lambda m: m.saliency < limit, self._removals(run, group))
         return round(sum(1 for _ in below) * float(self.heuristic or 1))
 
-    def _removals(self, model: nn.Module, group: Group) -> Iterator[Merge]:
-        return merges(incoming(model, group), outgoing(model, group), surgery=self.surgery)
+    def _removals(self, run: Run, group: Group) -> Iterator[Merge]:
+        rows = incoming(run.model, group, self._norm(run, group))
+        return merges(rows, outgoing(run.model, group), surgery=self.surgery)
+
+    def _norm(self, run: Run, group: Group) -> str | None:
+        norm: str | None = self.memory(run)["norms"].get(group.name)
+        return norm
 
 
-def why_not(model: nn.Module, group: Group, convolutions: bool) -> str:
-    """Why the channels of a group cannot be merged; empty if they can."""
+def why_not(model: nn.Module, group: Group, convolutions: bool, norm: str | None = None) -> str:
+    """Why the channels of a group cannot be merged; empty if they can.
+
+    Args:
+        model: the network.
+        group: of its channels.
+        convolutions: whether convolutions may be merged too.
+        norm: the batch normalization of :func:`norms_behind`, whose numbers may be folded.
+    """
     makers, used = group.with_role("makes"), group.with_role("uses")
     kinds = "linear layers and convolutions" if convolutions else "linear layers"
     if len(makers) != 1 or group.pairwise:
@@ -271,12 +289,11 @@ def why_not(model: nn.Module, group: Group, convolutions: bool) -> str:
     if not used or not all(m.dim == 1 and _plain(model, m.layer, convolutions) for m in used):
         return f"not only {kinds} use its channels"
     extra = [m for m in group.with_role("along") if m.layer != makers[0].layer]
-    norm = _norm_behind(model, group) if convolutions else None
     strange = [m.tensor for m in extra if norm is None or m.layer != norm]
     return f"{strange[0]} has numbers of its own for each channel" if strange else ""
 
 
-def incoming(model: nn.Module, group: Group) -> Matrix:
+def incoming(model: nn.Module, group: Group, norm: str | None = None) -> Matrix:
     """W: what makes each channel, bias appended, a batch normalization behind it folded in."""
     (maker,) = group.with_role("makes")
     weight = rows(effective(model, maker.tensor), maker).double()
@@ -285,7 +302,6 @@ def incoming(model: nn.Module, group: Group) -> Matrix:
         if member.layer == maker.layer:
             index = torch.from_numpy(member.index).to(weight.device)
             shift = effective(model, member.tensor).double()[index]
-    norm = _norm_behind(model, group)
     if norm is not None:
         scale, mean, beta = _normalization(model.get_submodule(norm), len(weight))
         weight, shift = weight * scale, (shift - mean) * scale + beta
@@ -305,14 +321,45 @@ def _plain(model: nn.Module, name: str, convolutions: bool) -> bool:
     return isinstance(layer, nn.Linear)
 
 
-def _norm_behind(model: nn.Module, group: Group) -> str | None:
-    """The batch normalization that takes the maker's output as it is."""
-    (maker,) = group.with_role("makes")
-    modules = [site.module for site in group.sites]
-    behind = modules[modules.index(maker.layer) + 1 :] if maker.layer in modules else []
-    norm = next((name for name in behind if name != maker.layer), None)
-    known = norm is not None and isinstance(model.get_submodule(norm), _Norm)
-    return norm if known else None
+@torch.no_grad()
+def norms_behind(model: nn.Module, inputs: Any) -> dict[str, str]:
+    """Layers whose output a batch normalization takes as it is, with its name.
+
+    What lies between need not be a module: in ``norm(conv(x).relu())`` there is nothing to fold.
+
+    Args:
+        model: run once, in eval mode.
+        inputs: an example.
+    """
+    made: dict[int, tuple[str, Tensor, int]] = {}
+    found: dict[str, str] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            made[id(output)] = (name, output, output._version)
+
+        return hook
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, keywords: Any) -> None:
+            layer, output, version = made.get(id((*args, *keywords.values())[0]), ("", None, 0))
+            # What an activation has changed in place since has another version.
+            if output is not None and output._version == version:
+                found.setdefault(layer, name)
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(evaluation(model))
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+                stack.callback(module.register_forward_hook(note(name)).remove)
+            elif isinstance(module, _Norm):
+                stack.callback(
+                    module.register_forward_pre_hook(look(name), with_kwargs=True).remove
+                )
+        answer(model, inputs)
+    return found
 
 
 def _normalization(norm: Any, channels: int) -> tuple[Tensor, Tensor, Tensor]:

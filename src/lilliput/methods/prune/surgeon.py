@@ -216,8 +216,8 @@ class Surgeon(SparseInRounds):
         for dead in (~alive).nonzero().flatten():  # weights that earlier stages removed stay zero
             remove(weights, inverse, dead[None])
         limit, spent = self._limits(run, alive, part), 0.0
-        before = weights.clone()
-        for _, price in removals(weights, inverse, free[None], torch.tensor([limit[0]])):
+        before, most = weights.clone(), torch.tensor([limit[0]], device=weights.device)
+        for _, price in removals(weights, inverse, free[None], most):
             if spent + float(price) > limit[1]:
                 return before[0], spent
             spent += float(price)
@@ -269,7 +269,7 @@ class Surgeon(SparseInRounds):
         surplus = -len(values) % self.block
         padded = torch.nn.functional.pad(values, (0, surplus)).view(-1, self.block)
         met = torch.nn.functional.pad(vectors.double(), (0, surplus))
-        alpha = self._alpha([vectors])
+        alpha = self._alpha(vectors[:, None])  # one sample after the other
         inverse = inverse_by_recursion(
             [met.unflatten(1, padded.shape).movedim(1, 0)], len(met), alpha
         )

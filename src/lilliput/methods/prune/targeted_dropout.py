@@ -35,7 +35,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.registry import method
 from ...core.run import Run
@@ -131,7 +131,7 @@ class TargetedDropout(SparsityMethod):
             candidates = self._candidates(weight, sparsity)
             generator = run.generator(f"targeted_dropout {weight.name}")
             drawn = torch.rand(candidates.shape, generator=generator).to(candidates.device) < rate
-            _left_out(weight).copy_(_over_units(candidates & drawn, weight.value))
+            _left_out(weight).copy_(_over_units(candidates & drawn, weight))
 
     def settled(self, run: Run) -> bool:
         """Whether the ramp is over."""
@@ -144,7 +144,7 @@ class TargetedDropout(SparsityMethod):
             candidates = self._candidates(weight, self.final(run, weight))
             take_off(weight, LeftOut)
             put_masks([weight])
-            kept = ~_over_units(candidates, weight.value)
+            kept = ~_over_units(candidates, weight)
             mask_of(weight).update(mask_of(weight).mask & kept)
         reapply(stored_masks(run.model))
         if self.remove_dead:
@@ -152,9 +152,9 @@ class TargetedDropout(SparsityMethod):
         return changes(self.method_name(), chosen, self.memory(run)["before"], lambda w: "")
 
     def _candidates(self, weight: Weight, sparsity: float) -> Tensor:
-        """Of all weights, those that were left out at the last step included."""
+        """Of all weights, those that were left out at the last step included; output units first."""
         _left_out(weight).zero_()
-        value = weight.value.detach()
+        value = _turned(weight, weight.value.detach())
         if self.by == "unit":
             return candidate_units(value, sparsity)
         return candidate_weights(value, sparsity)
@@ -166,6 +166,16 @@ def _left_out(weight: Weight) -> Tensor:
     return encoding.left_out
 
 
-def _over_units(gone: Tensor, weight: Tensor) -> Tensor:
-    """A mark a unit, or one a weight already, in the weight's shape."""
-    return gone.view(*gone.shape, *[1] * (weight.ndim - gone.ndim)).expand_as(weight)
+def _over_units(gone: Tensor, weight: Weight) -> Tensor:
+    """A mark a unit, or one a weight already with units first, in the weight's shape."""
+    like = _turned(weight, weight.value)
+    every = gone.view(*gone.shape, *[1] * (like.ndim - gone.ndim)).expand_as(like)
+    return _turned(weight, every)
+
+
+def _turned(weight: Weight, tensor: Tensor) -> Tensor:
+    """Output units first, which a transposed convolution has second, group by group; and the way back."""
+    if not isinstance(weight.module, nn.modules.conv._ConvTransposeNd):
+        return tensor
+    turned: Tensor = tensor.unflatten(0, (weight.module.groups, -1)).transpose(1, 2)
+    return turned.flatten(0, 1)
