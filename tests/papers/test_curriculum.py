@@ -171,6 +171,14 @@ def test_trees_of_inputs_and_views_are_cut_along() -> None:
         assert batch.target is None
 
 
+def test_numbers_may_be_a_list() -> None:
+    x = torch.arange(8.0)
+    batches = [Batch(x[n : n + 4], None, list(range(n, n + 4))) for n in (0, 4)]
+    for batch in EasyFirst(batches, [4, 4], lambda: ranks_of(torch.arange(8)), lambda _: 0.5):
+        assert sorted(batch.index.tolist()) == [0, 1, 2, 3]
+        assert torch.equal(batch.inputs, batch.index.float())
+
+
 def test_samples_that_were_not_measured_come_last() -> None:
     x = torch.arange(10.0)
     batches = [Batch(x, None, torch.arange(10))]

@@ -19,6 +19,7 @@ from lilliput.core.run import Run
 from lilliput.core.task import accuracy, evaluate
 from lilliput.core.types import Batch
 from lilliput.errors import CorruptArtifact, InputError, ModelMismatch
+from lilliput.mechanisms.teacher import Live
 from lilliput.methods import DataFree
 from lilliput.methods.distill._generated import dropout_filters
 from lilliput.methods.distill._records import Moments, Records
@@ -544,6 +545,25 @@ class TestMethod:
         )
         with pytest.raises(ModelMismatch, match="same classes"):
             lilliput.compress(MLP.build(), MLP.task(), [stage])
+
+    def test_a_teacher_with_one_class(self) -> None:
+        stage = Stage(
+            methods=[DataFree(teacher=nn.Linear(12, 1), **self.settings)], train=Train(epochs=1)
+        )
+        with pytest.raises(ModelMismatch, match=r"data_free: .* two outputs"):
+            lilliput.compress(nn.Linear(12, 1), MLP.task(), [stage])
+
+    def test_a_student_that_answers_with_logits(self) -> None:
+        """As those of Hugging Face do."""
+        method = DataFree()
+        method._teacher = Live([MLP.build()], torch.device("cpu"))
+        run = Run(MLP.build(), MLP.task(), methods=[method])
+        run.batch = Batch(torch.randn(4, 12), None)
+        logits = run.model(run.batch.inputs)
+        run.output = logits
+        expected = method.loss(run)
+        run.output = type("Answer", (), {"logits": logits})()
+        assert torch.equal(method.loss(run)["data_free"], expected["data_free"])
 
     def test_an_ensemble_is_refused(self) -> None:
         stage = Stage(methods=[DataFree(teacher=[MLP.build(), MLP.build(1)])])

@@ -25,7 +25,17 @@ from lilliput.errors import (
     ModelMismatch,
     NothingMatched,
 )
-from lilliput.methods import Attention, Codebook, FilterL1, Fitnets, Gradual, Hint, SoftTargets
+from lilliput.methods import (
+    Attention,
+    Codebook,
+    FilterL1,
+    Fitnets,
+    Gradual,
+    Hint,
+    IntegerTraining,
+    SoftTargets,
+    StructuredSparsity,
+)
 from lilliput.methods.distill.fitnets import hint_loss, regressor
 from lilliput.testing import NETWORKS
 
@@ -274,6 +284,16 @@ class TestOneStageIsRefused:
     def test_together_with_another_loss(self, other: Method, first: bool) -> None:
         methods = [HINT, other] if first else [other, HINT]
         stage = Stage(model=student(), methods=methods, train=TRAIN)
+        with pytest.raises(InputError, match="fails to train deep students") as caught:
+            compress(teacher(), CNN.task(), [stage])
+        assert other.method_name() in str(caught.value)
+
+    @pytest.mark.parametrize("other", [IntegerTraining, StructuredSparsity])
+    @pytest.mark.parametrize("first", [True, False])
+    def test_together_with_the_loss_of_another_family(self, other: Any, first: bool) -> None:
+        """It would be taken from the guided layer, or be a penalty that the paper does not have."""
+        methods = [HINT, other.example()] if first else [other.example(), HINT]
+        stage = Stage(model=student(), methods=methods, train=Train(epochs=1, optimizer="sgd"))
         with pytest.raises(InputError, match="fails to train deep students") as caught:
             compress(teacher(), CNN.task(), [stage])
         assert other.method_name() in str(caught.value)

@@ -82,6 +82,14 @@ class TestMatrix:
             expected = matrix_by_hand(first[n].numpy(), second[n].numpy())
             np.testing.assert_allclose(found[n].numpy(), expected, atol=1e-12)
 
+    @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+    def test_sixteen_bits_do_not_overflow_nor_round(self, precision: torch.dtype) -> None:
+        """1024 products of up to 400 are beyond float16; the matrix is that of the same numbers."""
+        feature = (20 * torch.rand(2, 16, 32, 32)).to(precision)
+        with torch.autocast("cpu", dtype=precision):
+            found = fsp_matrix(feature, feature)
+        torch.testing.assert_close(found, fsp_matrix(feature.float(), feature.float()))
+
     def test_one_matrix_a_sample(self) -> None:
         """Not one over the whole batch, which would be another loss."""
         first, second = random(2, 3, 4, 4), random(2, 5, 4, 4, seed=1)

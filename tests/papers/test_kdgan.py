@@ -20,7 +20,7 @@ from lilliput.core.run import Run
 from lilliput.core.task import accuracy
 from lilliput.core.types import Batch
 from lilliput.engine.progress import Watcher
-from lilliput.errors import Diverged, ModelMismatch
+from lilliput.errors import Diverged, InputError, ModelMismatch
 from lilliput.methods import Gradual, Kdgan, SoftTargets
 from lilliput.methods.distill.kdgan import concrete, discriminator_loss, log_refused
 from lilliput.testing import NETWORKS
@@ -318,6 +318,16 @@ class TestBadInput:
         task = Task(data, data, None, F.mse_loss, lambda z, y: -(z - y).abs().mean())
         stage = Stage(methods=[Kdgan()], train=Train(epochs=1))
         with pytest.raises(ModelMismatch, match="one class number"):
+            lilliput.compress(MLP.build(), task, [stage])
+
+    @pytest.mark.parametrize("label", [-100, 3])
+    def test_samples_without_a_label(self, label: int) -> None:
+        target = torch.arange(8) % 3
+        target[2] = label
+        data = [Batch(torch.randn(8, 12), target)]
+        task = Task(data, data, None, lambda z, y: z.sum(), accuracy)
+        stage = Stage(methods=[Kdgan()], train=Train(epochs=1))
+        with pytest.raises(InputError, match="kdgan needs a label for every sample, 0 to 2"):
             lilliput.compress(MLP.build(), task, [stage])
 
     def test_a_teacher_that_collapses_is_told(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from lilliput.core.types import Batch
 from lilliput.engine.progress import Watcher
 from lilliput.errors import DataNotFound, InputError, ModelMismatch
 from lilliput.methods import Gradual, Sequence
-from lilliput.methods.distill.sequence import best_by_bleu, word_loss
+from lilliput.methods.distill.sequence import _load, _Rewritten, _save, best_by_bleu, word_loss
 from lilliput.tasks import _files
 from lilliput.tasks.multi30k import (
     IGNORED,
@@ -272,6 +273,35 @@ def test_an_ensemble_and_pairs_without_numbers() -> None:
     pairs.train = [Batch(b.inputs, b.target) for b in pairs.train]
     with pytest.raises(InputError, match="must carry the pairs' numbers"):
         compress(network(), pairs, [Stage(methods=[Sequence(teacher=two[0])], train=TRAIN)])
+
+
+@pytest.mark.parametrize("number", [1, 5, -1])
+def test_a_pair_that_was_not_translated(number: int) -> None:
+    """The pass that the teacher translated has left it out, or it has ended before."""
+    said = [torch.tensor([4, 2]), torch.tensor([], dtype=torch.long), torch.tensor([3])]
+    inputs = {"decoder_input_ids": torch.zeros(2, 3, dtype=torch.long)}
+    batches = [Batch(inputs, torch.zeros(2, 3), torch.tensor([0, number]))]
+    with pytest.raises(InputError, match=rf"pair {number} was not in the pass.*drop_last"):
+        list(_Rewritten(batches, said, 1))
+
+
+def test_processes_write_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, move = [], Path.replace
+
+    def moved(self: Path, target: Path) -> Path:
+        names.append(self.name)
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", moved)
+    _save(tmp_path / "said.npz", "key", [torch.tensor([4, 2]), torch.tensor([3])])
+    assert [f".{os.getpid()}." in name for name in names] == [True]
+    assert [file.name for file in tmp_path.iterdir()] == ["said.npz"]
+    found = _load(tmp_path / "said.npz", "key")
+    assert found is not None and [s.tolist() for s in found] == [[4, 2], [3]]
+    (tmp_path / "said.npz").write_bytes(b"")
+    assert _load(tmp_path / "said.npz", "key") is None
 
 
 # The task

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,13 +17,29 @@ from torch.nn import functional as F
 import lilliput
 from lilliput import Stage, Task, Train
 from lilliput.core.digests import weights_digest
+from lilliput.core.method import Method
 from lilliput.core.run import Run
 from lilliput.core.schedule import Ramp
 from lilliput.core.types import Batch
 from lilliput.errors import InputError, LilliputError, ModelMismatch
 from lilliput.mechanisms.teacher import Cached, Live
-from lilliput.methods import Magnitude, SoftTargets
+from lilliput.methods import (
+    Adversarial,
+    BornAgain,
+    DomainAdaptation,
+    Fitnets,
+    Kdgan,
+    Logits,
+    Magnitude,
+    Mutual,
+    Privileged,
+    Rocket,
+    SelfLabels,
+    Sequence,
+    SoftTargets,
+)
 from lilliput.methods.distill.soft_targets import soft_target_loss, soften
+from lilliput.tasks._arrays import ArrayBatches
 from lilliput.testing import NETWORKS, TinyNetwork
 
 MLP, CNN, _ = NETWORKS
@@ -371,6 +390,97 @@ class TestCache:
         self.source(tmp_path)
         assert (tmp_path / "teacher.f16").stat().st_mtime_ns == written
 
+    @pytest.mark.parametrize("moment", ["index is written", "rows move", "index moves"])
+    def test_an_interruption_leaves_no_index_beside_other_rows(
+        self, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Teacher B is recorded over A and stopped: what A finds then is A's."""
+        batch, move = next(iter(MLP.task().train)), Path.replace
+
+        def stopped(*args: Any, **more: Any) -> Any:
+            raise KeyboardInterrupt
+
+        def moved(self: Path, target: Path) -> Path:
+            stop = target.name.endswith("npz") == (moment == "index moves")
+            return stopped() if stop else move(self, target)
+
+        self.source(tmp_path)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            if moment == "index is written":
+                patch.setattr(np, "savez", stopped)
+            else:
+                patch.setattr(Path, "replace", moved)
+            self.source(tmp_path, MLP.build(2))
+        expected = Live([MLP.build(1)], CPU).outputs(batch)
+        found = self.source(tmp_path).outputs(batch)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+    def test_the_index_moves_last_and_no_process_writes_anothers_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        moves: list[tuple[str, str]] = []
+        move = Path.replace
+
+        def moved(self: Path, target: Path) -> Path:
+            moves.append((self.name, Path(target).name))
+            return move(self, target)
+
+        monkeypatch.setattr(Path, "replace", moved)
+        self.source(tmp_path)
+        assert [target for _, target in moves] == ["teacher.f16", "teacher.f16.index.npz"]
+        assert all(f".{os.getpid()}." in name for name, _ in moves)
+        assert {file.name for file in tmp_path.iterdir()} == {target for _, target in moves}
+
+    @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:100], lambda b: b"PK" + b[9:]])
+    def test_a_damaged_index_is_made_anew(
+        self, damage: Callable[[bytes], bytes], tmp_path: Path
+    ) -> None:
+        self.source(tmp_path)
+        index = tmp_path / "teacher.f16.index.npz"
+        index.write_bytes(damage(index.read_bytes()))
+        assert self.source(tmp_path).outputs(next(iter(MLP.task().train))).shape == (1, 32, 3)
+
+    def test_an_index_without_a_key_is_made_anew(self, tmp_path: Path) -> None:
+        self.source(tmp_path)
+        np.savez(tmp_path / "teacher.f16.index.npz", shape=(1, 2))
+        assert self.source(tmp_path).outputs(next(iter(MLP.task().train))).shape == (1, 32, 3)
+
+    def test_a_sample_that_was_left_out_is_named(self, tmp_path: Path) -> None:
+        """The pass that was recorded has dropped its last batch; another one drops others."""
+        whole = torch.cat([b.inputs for b in MLP.task().train])
+        batches = ArrayBatches(whole, torch.zeros(128), 50, drop_last=True)
+        cached = self.source(tmp_path, batches=batches)
+        batch = Batch(whole[90:110], None, torch.arange(90, 110))
+        with pytest.raises(InputError, match=r"sample 100 was not in the pass.*drop_last"):
+            cached.outputs(batch)
+
+    @pytest.mark.parametrize("size", [1e-4, 1e4])
+    def test_exchanged_samples_are_refused_whatever_their_size(
+        self, size: float, tmp_path: Path
+    ) -> None:
+        inputs = size * torch.cat([b.inputs for b in MLP.task().train])
+        cached = self.source(tmp_path, batches=[Batch(inputs, None, torch.arange(128))])
+        nearly = inputs * (1 + 1e-6 * torch.randn(inputs.shape))
+        cached.outputs(Batch(nearly, None, torch.arange(128)))  # another device rounds otherwise
+        with pytest.raises(InputError, match="not the one whose teacher outputs were cached"):
+            cached.outputs(Batch(inputs.flip(0), None, torch.arange(128)))
+
+    def test_samples_of_zeros_are_themselves(self, tmp_path: Path) -> None:
+        batch = Batch(torch.zeros(8, 12), None, torch.arange(8))
+        assert self.source(tmp_path, batches=[batch]).outputs(batch).shape == (1, 8, 3)
+
+    def test_outputs_of_several_lengths_are_refused(self, tmp_path: Path) -> None:
+        lengths = ((5, 0), (7, 4))
+        batches = [Batch(torch.randn(4, n, 8), None, torch.arange(m, m + 4)) for n, m in lengths]
+        with pytest.raises(InputError, match="differ in length from batch to batch"):
+            self.source(tmp_path, nn.Linear(8, 3), batches=batches)
+
+    def test_numbers_may_be_a_list(self, tmp_path: Path) -> None:
+        batch = next(iter(MLP.task().train))
+        listed = Batch(batch.inputs, batch.target, batch.index.tolist())
+        found = self.source(tmp_path, batches=[listed]).outputs(listed)
+        assert torch.equal(found, self.source(tmp_path).outputs(batch))
+
     def test_needs_sample_numbers(self, tmp_path: Path) -> None:
         batches = [(b.inputs, b.target) for b in MLP.task().train]
         with pytest.raises(InputError, match="inputs, target, index"):
@@ -392,3 +502,92 @@ class TestCache:
         stage = Stage(methods=[SoftTargets(cache=True)], train=Train(epochs=1))
         with pytest.raises(InputError, match="augmented at random"):
             lilliput.compress(MLP.build(), task, [stage])
+
+
+def one_number() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 1))
+
+
+def binary(model: nn.Module, *methods: Method) -> Any:
+    """Train a network whose only output is the log-odds of one class."""
+    x = torch.randn(16, 12)
+    batches = [Batch(x, torch.rand_like(model(x)), torch.arange(16))]
+    loss = F.binary_cross_entropy_with_logits
+    task = Task(batches, batches, None, loss, lambda z, y: -(z - y).abs().mean())
+    stage = Stage(methods=list(methods), train=Train(epochs=1))
+    return lilliput.compress(model, task, [stage])
+
+
+class TestOneNumber:
+    """A softmax over one class is 1 whatever the network says: nothing would be learned."""
+
+    @pytest.mark.parametrize(
+        "method",
+        [
+            SoftTargets(),
+            Fitnets(),
+            Privileged(view=None),
+            BornAgain(teacher="original"),
+            SelfLabels(teacher="self"),
+            DomainAdaptation(view=None, initialize=False),
+            Adversarial(noise={"1": 0.1}),
+            Mutual(),
+            Kdgan(),
+            Rocket(booster="original", share=["0"], hint="probabilities"),
+            Sequence(level="word"),
+        ],
+        ids=lambda method: method.method_name(),
+    )
+    def test_is_refused_where_a_softmax_is_taken(self, method: Method) -> None:
+        told = rf"{method.method_name()}: the outputs have the shape \(16, 1\).*two outputs"
+        with pytest.raises(ModelMismatch, match=told):
+            binary(one_number(), method)
+
+    def test_a_batch_is_not_taken_for_classes(self) -> None:
+        flat = nn.Sequential(one_number(), nn.Flatten(0))
+        with pytest.raises(ModelMismatch, match=r"the outputs have the shape \(16,\)"):
+            binary(flat, SoftTargets())
+
+    def test_may_be_regressed(self) -> None:
+        assert binary(one_number(), Logits(teacher=one_number()[:3])).figures
+
+
+class WithLogits(nn.Module):
+    """Answers as Hugging Face's networks do."""
+
+    def __init__(self, name: str = "logits") -> None:
+        super().__init__()
+        self.inner, self.name = nn.Linear(12, 3), name
+
+    def forward(self, x: Tensor) -> Any:
+        return type("Answer", (), {self.name: self.inner(x)})()
+
+
+class TestOutputsWithLogits:
+    def trained(self, method: Method, name: str = "logits", unlabeled: int = 0) -> Any:
+        def loss(output: Any, target: Tensor) -> Tensor:
+            return F.cross_entropy(getattr(output, name), target)
+
+        target = torch.arange(12) % 3
+        target[:unlabeled] = -1
+        batches = [Batch(torch.randn(12, 12), target, torch.arange(12))]
+        task = Task(batches, batches, None, loss, lambda z, y: getattr(z, name)[:, 0])
+        stage = Stage(methods=[method], train=Train(epochs=1))
+        return lilliput.compress(WithLogits(name), task, [stage])
+
+    @pytest.mark.parametrize(
+        "method",
+        [SoftTargets(), SelfLabels(teacher="self"), Privileged(view=None), Logits()],
+        ids=lambda method: method.method_name(),
+    )
+    def test_teach_and_learn(self, method: Method) -> None:
+        assert self.trained(method).figures
+
+    def test_the_network_without_logits_is_named(self) -> None:
+        with pytest.raises(ModelMismatch, match="the student's output is a Answer without logits"):
+            self.trained(SoftTargets(teacher=nn.Linear(12, 3)), "scores")
+
+    def test_samples_without_a_label_cannot_be_taken_out(self) -> None:
+        with pytest.raises(ModelMismatch, match="let the network return its logits"):
+            self.trained(Privileged(view=None), unlabeled=4)

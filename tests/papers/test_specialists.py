@@ -233,6 +233,11 @@ class TestData:
         with pytest.raises(EmptyData, match="a specialist needs both"):
             enriched(self.LABELS, [0, 1, 2], torch.Generator())
 
+    @pytest.mark.parametrize("classes", [[5], [0, 1, 2]])
+    def test_no_odds_of_sets_without_samples(self, classes: list[int]) -> None:
+        with pytest.raises(EmptyData, match="a specialist needs both"):
+            log_oversampling(self.LABELS, classes)
+
     def test_task_of_a_specialist(self) -> None:
         task = specialist_task(digits(batch_size=32), [3, 8])
         first = [b.target for b in read(task.train, "")]

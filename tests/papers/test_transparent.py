@@ -25,6 +25,7 @@ from lilliput.errors import (
     ModelMismatch,
     RunError,
 )
+from lilliput.mechanisms.teacher import Live
 from lilliput.methods import Codebook, Magnitude, Transparent
 from lilliput.methods.distill import _boosting
 from lilliput.methods.distill._audit import _area, _grid, compare
@@ -615,3 +616,17 @@ def test_networks_are_registered_architectures(tmp_path: Path) -> None:
         assert isinstance(network, Additive | TreeEnsemble)
         lilliput.save(network, tmp_path / name)
         assert type(lilliput.load(tmp_path / name)) is type(network)
+
+
+def test_a_feature_that_is_missing_everywhere_is_named() -> None:
+    features = data(50, 2)
+    features[:, 1] = np.nan
+    with pytest.raises(InputError, match="income is missing in all samples"):
+        compare(data(50, 1)[:, 0], np.arange(50) % 2, features, names=["age", "income"])
+
+
+def test_the_log_odds_of_one_output_are_refused() -> None:
+    """Less their mean over one class they are 0 for every sample."""
+    method = Transparent(scores="log_odds")
+    with pytest.raises(ModelMismatch, match="set scores: outputs"):
+        method._scores(Live([Teacher()], torch.device("cpu")), Batch(torch.randn(4, 3), None))

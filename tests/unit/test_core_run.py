@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from lilliput.core.digests import mix, weights_digest
 from lilliput.core.recipe import Recipe, Stage, Train
-from lilliput.core.run import Run
+from lilliput.core.run import Player, Run
 from lilliput.core.schedule import Schedule
+from lilliput.engine import training
 from lilliput.errors import InputError
 from lilliput.methods import Magnitude
 from lilliput.testing import NETWORKS
@@ -131,3 +134,65 @@ def test_short_forms_of_a_recipe() -> None:
     assert short.task.arguments == {"batch_size": 64}
     assert short.model.architecture == "lenet_5"
     assert Recipe.model_validate(short.model_dump(mode="json")) == short
+
+
+class TestScaledPlayers:
+    """Gradients of players in 16-bit floats, scaled as the student's are."""
+
+    def player(self, scaler: torch.amp.GradScaler | None = None) -> Player:
+        torch.manual_seed(0)
+        network = nn.Linear(4, 2)
+        optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+        return Player(network, optimizer, 1.0, "peer", scaler=scaler)
+
+    def moved(self, player: Player, factor: float) -> torch.Tensor:
+        """How far one step moves the weights, forward in float16."""
+        weight: torch.Tensor = player.network.get_parameter("weight")
+        before = weight.detach().clone()
+        with torch.autocast("cpu", torch.float16):
+            loss = player.network(torch.ones(3, 4)).float().sum() * factor
+        player.descend(loss)
+        return weight.detach() - before
+
+    def test_a_small_gradient_is_not_lost(self) -> None:
+        assert not self.moved(self.player(), 1e-8).any()
+        found = self.moved(self.player(torch.amp.GradScaler("cpu")), 1e-8)
+        torch.testing.assert_close(found, torch.full((2, 4), -3e-8), rtol=0.1, atol=0)
+
+    def test_the_gradient_is_clipped_at_its_own_size(self) -> None:
+        player = self.player(torch.amp.GradScaler("cpu", init_scale=64.0))
+        player.clip = 0.5
+        self.moved(player, 1.0)
+        gradients = [p.grad.flatten() for p in player.network.parameters() if p.grad is not None]
+        assert float(torch.cat(gradients).norm()) == pytest.approx(0.5, rel=1e-3)
+
+    def test_a_step_that_overflows_is_left_out(self) -> None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+        assert not self.moved(self.player(scaler), 1.0).any()
+        assert scaler.get_scale() == 2.0**19
+
+    def test_the_scale_is_in_the_checkpoint(self) -> None:
+        player = self.player(torch.amp.GradScaler("cpu", init_scale=2.0**20))
+        self.moved(player, 1.0)
+        other = self.player(torch.amp.GradScaler("cpu"))
+        training._load_player(other, training._player_state(player))
+        assert other.scaler is not None and other.scaler.get_scale() == 2.0**19
+        training._load_player(other, training._player_state(player)[:2])  # of an earlier version
+        training._load_player(self.player(), training._player_state(self.player()))
+
+    def test_each_player_gets_one_where_the_student_does(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make = torch.amp.GradScaler
+        monkeypatch.setattr(torch.amp, "GradScaler", lambda: make("cpu"))
+        scalers = []
+        for device in ("cuda", "cpu"):
+            world = run()
+            world.player("peer", MLP.build(), lambda ps: torch.optim.SGD(ps, lr=0.1))
+            world.device = torch.device(device)
+            home: Any = None
+            made = training.Training(world, Train(precision="float16"), home)
+            scalers.append((made.loop.scaler, world.players["peer"].scaler))
+        (student, peer), without = scalers
+        assert student is not None and peer is not None and peer is not student
+        assert without == (None, None)

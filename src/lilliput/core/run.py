@@ -33,6 +33,7 @@ class Player:
         lr: its learning rate at the peak of the stage's schedule, which it follows.
         name: for error messages.
         clip: largest norm of its gradient, that of the stage; None for any.
+        scaler: of its gradients, where the stage scales the student's.
     """
 
     network: nn.Module
@@ -40,6 +41,7 @@ class Player:
     lr: float
     name: str
     clip: float | None = None
+    scaler: torch.amp.GradScaler | None = None
 
     def descend(self, loss: Tensor) -> None:
         """One step of the player's optimizer.
@@ -54,10 +56,21 @@ class Player:
                 "rate or its weight; the last checkpoint is kept."
             )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if self.scaler is None:
+            loss.backward()
+        else:
+            self.scaler.scale(loss).backward()
+            self.scaler.unscale_(self.optimizer)
+        self._move()
+
+    def _move(self) -> None:
         if self.clip is not None:
             clip_gradient(self.optimizer, self.clip)
-        self.optimizer.step()
+        if self.scaler is None:
+            self.optimizer.step()
+            return
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
 
 def clip_gradient(optimizer: torch.optim.Optimizer, norm: float) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..core.recipe import Train
-from ..core.run import Run
+from ..core.run import Player, Run
 from ..core.task import evaluate, move, read
 from ..core.types import Batch
 from . import distributed
@@ -64,6 +64,8 @@ class Training:
         self.loop = Loop(run, train, hooks)
         if train.precision == "float16" and run.device.type == "cuda":
             self.loop.scaler = torch.amp.GradScaler()
+            for player in run.players.values():
+                player.scaler = torch.amp.GradScaler()
 
     def train_all(self) -> None:
         """All epochs that are not done yet."""
@@ -130,16 +132,13 @@ class Training:
     def _save(self) -> None:
         """Everything that another process needs to go on at this very step."""
         run, loop = self.run, self.loop
-        players = {
-            n: [p.network.state_dict(), p.optimizer.state_dict()] for n, p in run.players.items()
-        }
         tree = {
             "place": [run.stage, run.epoch, run.step, self.done],
             "model": model_tree(run.model),
             "optimizer": run.optimizer.state_dict() if run.optimizer else None,
             "scaler": loop.scaler.state_dict() if loop.scaler else None,
             "extras": {name: module.state_dict() for name, module in run.extras.items()},
-            "players": players,
+            "players": {name: _player_state(player) for name, player in run.players.items()},
             "memories": run.memories,
             "tally": [loop.tally.sums, loop.tally.steps],
             "best": self.best,
@@ -164,13 +163,25 @@ class Training:
             loop.scaler.load_state_dict(tree["scaler"])
         for name, state in tree["extras"].items():
             run.extras[name].load_state_dict(state)
-        for name, (network, optimizer) in tree["players"].items():
-            run.players[name].network.load_state_dict(network)
-            load_optimizer(run.players[name].optimizer, optimizer)
+        for name, state in tree["players"].items():
+            _load_player(run.players[name], state)
         run.memories.update(tree["memories"])
         loop.tally.sums, loop.tally.steps = tree["tally"]
         self.best = tree["best"]
         restore_random_state(tree["random"])
+
+
+def _player_state(player: Player) -> list[Any]:
+    scaler = player.scaler.state_dict() if player.scaler else None
+    return [player.network.state_dict(), player.optimizer.state_dict(), scaler]
+
+
+def _load_player(player: Player, state: list[Any]) -> None:
+    network, optimizer, *scaler = state  # checkpoints of earlier versions have none
+    player.network.load_state_dict(network)
+    load_optimizer(player.optimizer, optimizer)
+    if player.scaler and scaler and scaler[0]:
+        player.scaler.load_state_dict(scaler[0])
 
 
 def length(batches: Iterable[Any]) -> int:

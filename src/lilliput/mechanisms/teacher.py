@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,8 +102,12 @@ def shared_teacher(run: Run, references: Any, view: str | None = None) -> Live:
     return teacher
 
 
-def logits_of(output: Any) -> Tensor:
+def logits_of(output: Any, whose: str = "the teacher") -> Tensor:
     """The logits of a network's output: itself, or what Hugging Face's networks call ``logits``.
+
+    Args:
+        output: of the network.
+        whose: that is, for the error message.
 
     Raises:
         ModelMismatch: there are none.
@@ -109,8 +115,8 @@ def logits_of(output: Any) -> Tensor:
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise ModelMismatch(
-            f"the teacher's output is a {type(output).__name__} without logits: wrap the network in a "
-            "module that returns a tensor."
+            f"{whose}'s output is a {type(output).__name__} without logits: wrap the network in a module "
+            "that returns a tensor."
         )
     return logits
 
@@ -152,13 +158,11 @@ class Cached:
                 "than those whose outputs were cached. Switch the augmentation or the cache off."
             )
         key = weights_digest(*teachers.networks)
-        if _stored_key(path) != key:
-            _record(path, key, teachers, batches, device)
-        with np.load(_index_of(path), allow_pickle=False) as index:
-            shape, prints = tuple(index["shape"]), index["prints"]
+        index = _stored_index(path, key)
+        shape, prints = index or _record(path, key, teachers, batches, device)
         # One more print, which no sample has: numbers beyond the last are clipped to it.
         self._prints = np.append(prints, np.float32(np.nan))
-        self._slack = 1e-3 + 1e-3 * np.abs(self._prints)
+        self._slack = _slack(self._prints)
         # As a plain array: numpy indexes it faster than a memmap, and it still lies on the disk.
         self._rows = np.asarray(np.memmap(path, dtype=np.float16, mode="r", shape=shape))
         self._device, self._view = device, teachers.view
@@ -176,6 +180,7 @@ class Cached:
     def _check_samples(self, numbers: np.ndarray, now: np.ndarray) -> None:
         then, slack = (part.take(numbers, mode="clip") for part in (self._prints, self._slack))
         if not (np.abs(now - then) <= slack).all():
+            _refuse_unseen(numbers[np.isnan(then) & ~np.isnan(now)])
             raise InputError(
                 "a training sample is not the one whose teacher outputs were cached: the data or its "
                 "transform changed, or it is augmented at random. Switch the cache off, or delete its "
@@ -183,35 +188,85 @@ class Cached:
             )
 
 
+_Index = tuple[tuple[int, ...], np.ndarray]  # the rows' shape, and the print of each sample
+
+
+def _refuse_unseen(numbers: np.ndarray) -> None:
+    if len(numbers):
+        raise InputError(
+            f"the training sample {numbers[0]} was not in the pass whose teacher outputs were cached. "
+            "drop_last leaves samples out, and others in each epoch: switch that off, or the cache."
+        )
+
+
+def _slack(prints: np.ndarray) -> np.ndarray:
+    """How far the print of a sample may be from the recorded one, on the scale of the data."""
+    sizes = np.abs(prints)
+    usual = sizes[np.isfinite(sizes) & (sizes > 0)]
+    slack: np.ndarray = 1e-3 * sizes + (1e-3 * np.median(usual) if len(usual) else 0.0)
+    return slack
+
+
 def _record(
     path: Path, key: str, teachers: Live, batches: Iterable[Any], device: torch.device
-) -> None:
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for item in read(batches, "the training batches to cache"):
-        batch = move(item, device)
-        outputs = teachers.outputs(batch).movedim(0, 1).half().cpu().numpy()
-        prints = _prints(seen_by(batch, teachers.view)).cpu().numpy()
-        found.append((_numbers(item).numpy(), outputs, prints))
+) -> _Index:
+    found = [_asked(teachers, item, device) for item in read(batches, "the batches to cache")]
+    if len({outputs.shape[1:] for _, outputs, _ in found}) > 1:
+        raise InputError(
+            "the teacher's outputs differ in length from batch to batch, so they do not fit into one file: "
+            "switch the cache off."
+        )
     numbers, outputs, prints = (np.concatenate(part) for part in zip(*found, strict=True))
     rows = np.zeros((numbers.max() + 1, *outputs.shape[1:]), np.float16)
     marks = np.full(len(rows), np.nan, np.float32)
     rows[numbers], marks[numbers] = outputs, prints
+    _write(path, key, rows, marks)
+    return rows.shape, marks
+
+
+def _asked(
+    teachers: Live, item: Batch, device: torch.device
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a batch the samples' numbers, the teachers' outputs, samples first, and the samples' prints."""
+    batch = move(item, device)
+    outputs = teachers.outputs(batch).movedim(0, 1).half().cpu().numpy()
+    prints = _prints(seen_by(batch, teachers.view)).cpu().numpy()
+    return _numbers(item).numpy(), outputs, prints
+
+
+def _write(path: Path, key: str, rows: np.ndarray, marks: np.ndarray) -> None:
+    """Put rows and index into place; the index last, so that it never stands beside other rows.
+
+    Where several processes do this at once, each replaces the others' files with the same content.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    rows.tofile(temporary)
-    temporary.replace(path)
-    np.savez(_index_of(path), key=key, shape=rows.shape, prints=marks)
+    index = _index_of(path)
+    unfinished, unfinished_index = _temporary(path), _temporary(index)
+    rows.tofile(unfinished)
+    with unfinished_index.open("wb") as file:
+        np.savez(file, key=key, shape=rows.shape, prints=marks)
+    index.unlink(missing_ok=True)
+    unfinished.replace(path)
+    unfinished_index.replace(index)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _index_of(path: Path) -> Path:
     return path.with_name(path.name + ".index.npz")
 
 
-def _stored_key(path: Path) -> str:
-    if not (path.exists() and _index_of(path).exists()):
-        return ""
-    with np.load(_index_of(path), allow_pickle=False) as content:
-        return str(content["key"])
+def _stored_index(path: Path, key: str) -> _Index | None:
+    """What the index says; None where there is none, or another teacher's, or a damaged one."""
+    try:
+        with np.load(_index_of(path), allow_pickle=False) as content:
+            if path.exists() and str(content["key"]) == key:
+                return tuple(content["shape"]), content["prints"]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        pass  # missing, or half written: made anew
+    return None
 
 
 def _numbers(batch: Batch) -> Tensor:
@@ -220,8 +275,7 @@ def _numbers(batch: Batch) -> Tensor:
             "a cached teacher needs to know which samples a batch holds: let the training batches be "
             "(inputs, target, index) with the samples' numbers as the third part."
         )
-    numbers: Tensor = batch.index.cpu()
-    return numbers
+    return torch.as_tensor(batch.index).cpu()
 
 
 def _prints(inputs: Any) -> Tensor:
@@ -229,7 +283,8 @@ def _prints(inputs: Any) -> Tensor:
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     parts = [t.reshape(len(t), -1).float() for t in tensors]
     flat = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # nearly always: no copy
-    return torch.mv(flat, _direction(flat.shape[1], flat.device))
+    with torch.autocast(flat.device.type, enabled=False):  # which would compute it in 16 bits
+        return torch.mv(flat, _direction(flat.shape[1], flat.device))
 
 
 @functools.lru_cache(maxsize=8)

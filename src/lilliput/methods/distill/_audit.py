@@ -286,6 +286,7 @@ def _checked(
     names = names or [f"feature {number}" for number in range(features.shape[1])]
     if len(names) != features.shape[1]:
         raise InputError(f"compare: {len(names)} names for {features.shape[1]} features.")
+    _refuse_missing(features, names)
     if not (np.isfinite(scores).all() and np.isfinite(outcomes).all()):
         raise InputError("compare: a score or an outcome is not finite: leave those samples out.")
     if not 0 < confidence < 1 or bootstraps < 2:
@@ -310,6 +311,14 @@ def _checked(
         )
     _warn_of_constants(features, names)
     return _Data(scores, outcomes, features, names, binary)
+
+
+def _refuse_missing(features: Array, names: Sequence[str]) -> None:
+    lost = [name for name, c in zip(names, features.T, strict=True) if np.isnan(c).all()]
+    if lost:
+        raise InputError(
+            f"compare: {', '.join(lost[:10])} is missing in all samples: leave it out."
+        )
 
 
 def _warn_of_constants(features: Array, names: Sequence[str]) -> None:

@@ -81,8 +81,7 @@ def numbers_of(batch: Batch) -> Tensor:
             "curriculum: the batches must say which samples they hold: let the training batches be "
             "(inputs, target, index) with the samples' numbers as the third part."
         )
-    numbers: Tensor = batch.index.cpu().reshape(-1)
-    return numbers
+    return torch.as_tensor(batch.index).cpu().reshape(-1)
 
 
 def ranks_of(order: Tensor) -> Tensor:
@@ -94,7 +93,9 @@ def ranks_of(order: Tensor) -> Tensor:
 
 def _chosen(batch: Batch, ranks: Tensor, shown: int, samples: int) -> Any:
     """The parts of a batch, only with the samples whose turn has come; what was not measured comes last."""
-    parts, numbers = (batch.inputs, batch.target, batch.index, batch.views), numbers_of(batch)
+    numbers = numbers_of(batch)
+    # A list of numbers, too, must be cut to the rows.
+    parts = (batch.inputs, batch.target, torch.as_tensor(batch.index), batch.views)
     if shown >= samples:
         return parts
     known = numbers < len(ranks)

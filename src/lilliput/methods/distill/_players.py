@@ -19,6 +19,7 @@ from ...errors import InputError, ModelMismatch
 from ...mechanisms.encodings import bake
 from ...mechanisms.initializing import draw_fresh_weights
 from ...mechanisms.teacher import logits_of
+from ._responses import require_classes
 
 
 def trainable(network: nn.Module) -> nn.Module:
@@ -98,7 +99,7 @@ def newest_logits(network: nn.Module, batch: Batch) -> Tensor:
     """
     inside = bare(network)
     with torch.no_grad(), still_statistics(inside):
-        return logits_of(answer(inside, batch.inputs))
+        return logits_of(answer(inside, batch.inputs), "the network")
 
 
 def task_loss(run: Run, output: Any) -> Tensor:
@@ -141,9 +142,10 @@ def log_probabilities(logits: Tensor, class_dim: int, by: str) -> Tensor:
     """The logarithm of the softmax over the classes, as 32-bit floats at least.
 
     Raises:
-        ModelMismatch: there is no such dim.
+        ModelMismatch: there is no such dim, or one class.
     """
     require_class_dim(logits, class_dim, by)
+    require_classes(logits, class_dim, by)
     return F.log_softmax(precise(logits), dim=class_dim)
 
 
@@ -152,11 +154,18 @@ def precise(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def class_labels(run: Run, predictions: int, by: str) -> Tensor:
+def class_labels(run: Run, predictions: int, by: str, classes: int | None = None) -> Tensor:
     """The class numbers of the present batch, int64 ``(predictions,)``.
+
+    Args:
+        run: whose batch it is.
+        predictions: of the network for the batch.
+        by: the method's name.
+        classes: how many there are; None where other numbers may stand for no label.
 
     Raises:
         ModelMismatch: the targets are something else.
+        InputError: a number is not one of the classes.
     """
     target = run.batch.target
     if (
@@ -169,13 +178,19 @@ def class_labels(run: Run, predictions: int, by: str) -> Tensor:
             f"{by} needs one class number for each of the {predictions} predictions of a batch, and the "
             f"target is {shape}: use it for classification, or leave it out."
         )
-    return target.reshape(-1).long()
+    labels = target.reshape(-1).long()
+    if classes is not None and bool(((labels < 0) | (labels >= classes)).any()):
+        raise InputError(
+            f"{by} needs a label for every sample, 0 to {classes - 1}, and those of a batch are "
+            f"{int(labels.min())} to {int(labels.max())}: leave samples without a label out."
+        )
+    return labels
 
 
 def output_width(run: Run, class_dim: int = -1) -> int:
     """How many classes the student tells apart, from one forward pass."""
     batch = next(run.calibration(1))
     with evaluation(run.model), torch.no_grad():
-        logits = logits_of(answer(run.model, batch.inputs))
+        logits = logits_of(answer(run.model, batch.inputs), "the student")
     require_class_dim(logits, class_dim, "the student")
     return logits.shape[class_dim]

@@ -15,7 +15,7 @@ from ...core.method import Method
 from ...core.run import Run
 from ...core.types import Change
 from ...errors import ModelMismatch
-from ...mechanisms.teacher import Cached, Live, Source, shared_teacher
+from ...mechanisms.teacher import Cached, Live, Source, logits_of, shared_teacher
 
 
 class ResponseMethod(Method):
@@ -32,6 +32,7 @@ class ResponseMethod(Method):
 
     family: ClassVar[str] = "distill"
     changes_model: ClassVar[bool] = False
+    softmax: ClassVar[bool] = True  # whether the method compares probabilities of classes
 
     teacher: Any = "original"
     view: str | None = None
@@ -57,14 +58,13 @@ class ResponseMethod(Method):
         Raises:
             ModelMismatch: they do not fit each other.
         """
-        taught = self._source.outputs(run.batch)
-        if not isinstance(run.output, Tensor) or taught.shape[1:] != run.output.shape:
-            own = tuple(run.output.shape) if isinstance(run.output, Tensor) else type(run.output)
+        taught, own = self._source.outputs(run.batch), logits_of(run.output, "the student")
+        if taught.shape[1:] != own.shape:
             raise ModelMismatch(
                 f"{self.method_name()}: the teacher's outputs have the shape {tuple(taught.shape[1:])}, "
-                f"the student's {own}. Both need the same classes."
+                f"the student's {tuple(own.shape)}. Both need the same classes."
             )
-        return self.classes_last(run.output, 0), self.classes_last(taught, 1)
+        return self.classes_last(own, 0), self.classes_last(taught, 1)
 
     def classes_last(self, outputs: Tensor, before: int) -> Tensor:
         """The same outputs with the classes in the last dim.
@@ -72,6 +72,9 @@ class ResponseMethod(Method):
         Args:
             outputs: of a network, or of several.
             before: dims in front of those of one network's outputs.
+
+        Raises:
+            ModelMismatch: there is no such dim, or one class, of which a softmax says nothing.
         """
         dim = self.class_dim if self.class_dim < 0 else self.class_dim + before
         if not -outputs.ndim + before <= dim < outputs.ndim:
@@ -79,6 +82,8 @@ class ResponseMethod(Method):
                 f"{self.method_name()}: class_dim={self.class_dim}, and the outputs have "
                 f"{outputs.ndim - before} dims, counted from 0."
             )
+        if self.softmax:
+            require_classes(outputs, dim, self.method_name(), before)
         if outputs.dtype in (torch.float16, torch.bfloat16):
             outputs = outputs.float()  # sums over classes need the precision
         return outputs if dim in (-1, outputs.ndim - 1) else outputs.movedim(dim, -1)
@@ -94,6 +99,23 @@ class ResponseMethod(Method):
         folder = run.directory if run.directory is not None else Path(gettempdir())
         seen = "" if self.view is None else f"-{self.view}"
         return folder / f"teacher-{run.stage}{seen}.f16"
+
+
+def require_classes(outputs: Tensor, class_dim: int, by: str, before: int = 0) -> None:
+    """Raise ModelMismatch where a softmax over the classes would be 1 whatever the network says.
+
+    Args:
+        outputs: of a network, or of several.
+        class_dim: the dim that holds the classes.
+        by: the method's name.
+        before: dims in front of those of one network's outputs.
+    """
+    if outputs.ndim - before < 2 or outputs.shape[class_dim] < 2:
+        raise ModelMismatch(
+            f"{by}: the outputs have the shape {tuple(outputs.shape[before:])}, which is one number for each "
+            "prediction. Its softmax is always 1, so nothing would be learned: give the network two "
+            "outputs, or use the method logits."
+        )
 
 
 def mean_cross_entropy(student: Tensor, target: Tensor) -> Tensor:

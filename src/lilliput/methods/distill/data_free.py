@@ -68,11 +68,11 @@ from ...core.task import answer
 from ...core.types import Change, Fraction, Positive
 from ...errors import InputError, ModelMismatch
 from ...mechanisms.taps import Taps
-from ...mechanisms.teacher import Live, shared_teacher
+from ...mechanisms.teacher import Live, logits_of, shared_teacher
 from ...tasks._arrays import ArrayBatches
 from ._generated import Calibration, Generated, digest_of, dropout_filters, dropouts
 from ._records import Moments, Records, load_records, record_activations, save_records
-from ._responses import mean_cross_entropy
+from ._responses import mean_cross_entropy, require_classes
 from ._spectrum import Which
 
 __all__ = ["DataFree", "load_records", "record_activations", "save_records"]
@@ -369,7 +369,7 @@ class DataFree(Method):
 
     def loss(self, run: Run) -> dict[str, Tensor]:
         """The cross-entropy to the teacher's softened outputs."""
-        taught, own = self._teacher.outputs(run.batch)[0], run.output
+        taught, own = self._teacher.outputs(run.batch)[0], logits_of(run.output, "the student")
         if taught.shape != own.shape:
             raise ModelMismatch(
                 f"data_free: the teacher's outputs have the shape {tuple(taught.shape)}, the student's "
@@ -460,6 +460,7 @@ class DataFree(Method):
                 "data_free: the teacher should give logits (batch, classes), not "
                 f"{tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__}."
             )
+        require_classes(outputs, 1, "data_free")
         return outputs.shape[1]
 
     def _collected(

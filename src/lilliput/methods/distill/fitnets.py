@@ -20,7 +20,8 @@ unsure count less and less.
 
 Two stages, and not one: the paper's deep student failed to learn with the hint and the cross-entropy, or
 the hint and the teacher's outputs, in one loss (section 3.1). Most libraries ship just that; here ``hint``
-refuses company that adds a loss, and computes no output that one could be taken from.
+refuses company that adds a loss, be it a penalty on weights, and computes no output that one could be taken
+from.
 
 Faithful: both losses, the kernel rule, which parameters move, no factor tau**2 in stage 2. ``form: code``
 sums the squares over the channels and averages over the positions, as the authors' code does; the equation
@@ -192,7 +193,7 @@ class Hint(FeatureMethod):
         return super().finish(run)
 
     def _refuse_company(self, run: Run) -> None:
-        others = [m for m in run.methods if m is not self and m.family == self.family]
+        others = [m for m in run.methods if m is not self]
         if named := [m.method_name() for m in others if overrides(m, "loss")]:
             raise InputError(
                 f"hint and {' and '.join(named)} in one stage: the paper reports that a hint together with "

@@ -48,6 +48,7 @@ from ...core.types import NonNegative, Term
 from ...errors import ModelMismatch
 from ...mechanisms.adapters import Shape
 from ._features import FeatureMethod, width_of
+from ._players import precise
 
 
 def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
@@ -68,7 +69,10 @@ def fsp_matrix(first: Tensor, second: Tensor) -> Tensor:
     """
     first, second = same_size(as_maps(first), as_maps(second))
     positions = first.shape[2] * first.shape[3]
-    return first.flatten(2) @ second.flatten(2).transpose(1, 2) / positions
+    # In 16 bits the sums over positions overflow, and a product loses most of its digits.
+    with torch.autocast(first.device.type, enabled=False):
+        first, second = precise(first).flatten(2), precise(second).flatten(2)
+        return first @ second.transpose(1, 2) / positions
 
 
 def as_maps(feature: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ from ._players import (
     task_loss,
     trainable,
 )
+from ._responses import require_classes
 from .logits import logit_loss
 from .soft_targets import soft_target_loss, soften
 
@@ -226,6 +227,7 @@ class Kdgan(Method):
 
         Raises:
             ModelMismatch: a player has other classes, or the targets are no class numbers.
+            InputError: a sample has no label.
         """
         own = self._logits(run.output)
         self._turn = turn = self._forward(run, own)
@@ -255,7 +257,7 @@ class Kdgan(Method):
         require_same_classes(own, scores, "kdgan", "the discriminator")
         hard = weight_at(self.hard_weight, run.progress)
         return _Turn(
-            labels=class_labels(run, len(own), "kdgan"),
+            labels=class_labels(run, len(own), "kdgan", own.shape[1]),
             teacher=teacher,
             scores=scores,
             hard=hard * task_loss(run, output) if hard else 0.0,
@@ -295,4 +297,5 @@ class Kdgan(Method):
     def _logits(self, output: Any) -> Tensor:
         """Logits of single predictions, ``(predictions, classes)``."""
         logits = precise(logits_of(output))
+        require_classes(logits, -1, "kdgan")
         return logits.reshape(-1, logits.shape[-1])

@@ -24,6 +24,8 @@ temperature leave them out.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -69,6 +71,8 @@ class Logits(ResponseMethod):
         >>> Logits(teacher="original").hard_weight
         0.0
     """
+
+    softmax: ClassVar[bool] = False
 
     weight: LossWeight = 1.0
     hard_weight: LossWeight = 0.0

@@ -126,7 +126,7 @@ class Mutual(Method):
         Raises:
             ModelMismatch: a peer has other classes.
         """
-        own = logits_of(run.output)
+        own = logits_of(run.output, "the student")
         # A peer has the same weights until its turn: this forward pass also serves its own step.
         self._turns = [self._forward(run, player, own) for player in self._players]
         self._own = self._log(own.detach())
@@ -167,7 +167,7 @@ class Mutual(Method):
     def _forward(self, run: Run, player: Player, own: Tensor) -> tuple[Tensor, Tensor]:
         """A peer's loss with the labels and its log-probabilities, both with their graph."""
         output = answer(player.network, run.batch.inputs)
-        logits = logits_of(output)
+        logits = logits_of(output, "the peer")
         require_same_classes(own, logits, "mutual", f"the {player.name.rpartition('.')[2]}")
         return task_loss(run, output), self._log(logits)
 

@@ -38,6 +38,7 @@ from ...core.registry import method
 from ...core.run import Run
 from ...core.task import explain_mismatch
 from ...core.types import Fraction, Positive, Term
+from ...errors import ModelMismatch
 from ._responses import ResponseMethod, log_mean, mean_cross_entropy
 
 #: The target of a sample whose label is not known.
@@ -105,8 +106,15 @@ class Privileged(ResponseMethod):
         if not _is_one_class_a_sample(target):
             return _task_loss(run, run.output, target)
         rows = (target != UNLABELED).nonzero().flatten()
+        if len(rows) == len(target):
+            return _task_loss(run, run.output, target)
         if not len(rows):
-            return torch.zeros((), device=run.output.device)
+            return torch.zeros((), device=target.device)
+        if not isinstance(run.output, Tensor):
+            raise ModelMismatch(
+                f"privileged: some samples have no label ({UNLABELED}), and they can be taken out of a "
+                f"tensor only, not of a {type(run.output).__name__}: let the network return its logits."
+            )
         labeled = _task_loss(run, run.output[rows], target[rows])
         return labeled * (len(rows) / len(target))
 

@@ -56,6 +56,7 @@ from ...mechanisms.encodings import bake
 from ...mechanisms.taps import Taps, find_module
 from ...mechanisms.teacher import logits_of
 from ._players import precise, require_class_dim, require_same_classes, task_loss, trainable
+from ._responses import require_classes
 
 
 def hint_loss(
@@ -299,10 +300,12 @@ class Rocket(Method):
             ModelMismatch: student and booster have other classes.
         """
         output = self._boosted(run)
-        light, booster = precise(logits_of(run.output)), precise(logits_of(output))
+        light = precise(logits_of(run.output, "the student"))
+        booster = precise(logits_of(output, "the booster"))
         require_same_classes(light, booster, "rocket", "the booster")
         require_class_dim(light, self.class_dim, "rocket")
         if self.hint == "probabilities":
+            require_classes(light, self.class_dim, "rocket")
             light, booster = (x.softmax(dim=self.class_dim) for x in (light, booster))
         hint = hint_loss(light, booster, self.gradient_block, self.class_dim)
         weight = weight_at(self.weight, run.progress)

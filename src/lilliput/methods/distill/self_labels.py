@@ -30,6 +30,7 @@ from ...core.run import Run
 from ...core.schedule import LossWeight, weight_at
 from ...core.types import Change, Fraction, Term
 from ...errors import ModelMismatch, NothingMatched
+from ...mechanisms.teacher import logits_of
 from ._responses import ResponseMethod, log_mean
 
 
@@ -129,7 +130,7 @@ class SelfLabels(ResponseMethod):
     def _answers(self, run: Run) -> tuple[Tensor, Tensor]:
         """Logits ``(samples, classes)`` of the student and ``(members, samples, classes)``."""
         if self.teacher == "self":
-            own = self.classes_last(run.output, 0).flatten(0, -2)
+            own = self.classes_last(logits_of(run.output, "the student"), 0).flatten(0, -2)
             return own, own.detach().unsqueeze(0)
         student, taught = self.answers(run)
         return student.flatten(0, -2), taught.flatten(1, -2)

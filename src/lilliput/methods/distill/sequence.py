@@ -29,6 +29,7 @@ tokens, only the word level works, as soft targets without a temperature.
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -50,6 +51,7 @@ from ...core.task import move, read
 from ...core.types import Batch, Change, Fraction, Term
 from ...errors import InputError, ModelMismatch
 from ...mechanisms.teacher import Live, logits_of, shared_teacher
+from ._responses import require_classes
 
 IGNORED = -100
 
@@ -144,7 +146,8 @@ class Sequence(Method):
         if self.level != "word":
             return {}
         taught = self._teacher.outputs(run.batch)[0]
-        own = logits_of(run.output)
+        own = logits_of(run.output, "the student")
+        require_classes(own, -1, "sequence")
         if own.shape != taught.shape:
             raise ModelMismatch(
                 f"sequence: the teacher's outputs have the shape {tuple(taught.shape)}, the student's "
@@ -194,7 +197,7 @@ class Sequence(Method):
         )
         sentences = [_sentence(row, special) for row in made.tolist()]
         groups = [sentences[i : i + kept] for i in range(0, len(sentences), kept)]
-        numbers, targets = batch.index.tolist(), batch.target.tolist()
+        numbers, targets = torch.as_tensor(batch.index).tolist(), batch.target.tolist()
         if kept == 1:
             return {n: group[0] for n, group in zip(numbers, groups, strict=True)}
         truths = [[t for t in row if t != IGNORED] for row in targets]
@@ -223,15 +226,21 @@ class _Rewritten:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in read(self.batches, "the training batches"):
-            target = pad_sequence(
-                [self.said[n] for n in batch.index.tolist()],
-                batch_first=True,
-                padding_value=IGNORED,
-            )
+            sentences = [self._sentence(n) for n in torch.as_tensor(batch.index).tolist()]
+            target = pad_sequence(sentences, batch_first=True, padding_value=IGNORED)
             before = torch.cat([torch.full((len(target), 1), self.start), target[:, :-1]], 1)
             # Behind a sentence's end the decoder sees anything: those positions do not count.
             inputs = {**batch.inputs, "decoder_input_ids": before.clamp_min(0)}
             yield Batch(inputs, target, batch.index, batch.views)
+
+    def _sentence(self, number: int) -> Tensor:
+        """What the teacher said to one pair: a token at least, for it ends each sentence."""
+        if 0 <= number < len(self.said) and len(self.said[number]):
+            return self.said[number]
+        raise InputError(
+            f"sequence: the pair {number} was not in the pass that the teacher translated. drop_last leaves "
+            "pairs out, and others in each epoch: switch it off."
+        )
 
 
 def _counted(target: Any, logits: Tensor) -> Tensor:
@@ -286,14 +295,17 @@ def _load(path: Path | None, key: str) -> list[Tensor] | None:
                 return None
             tokens = torch.from_numpy(content["tokens"].astype(np.int64))
             return list(tokens.split(content["lengths"].tolist()))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None  # half written: made anew
 
 
 def _save(path: Path | None, key: str, said: list[Tensor]) -> None:
     if path is None:
         return
-    temporary = path.with_name(f".{path.name}.tmp.npz")
+    # Each of several processes writes its own, and all the same.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     lengths = np.array([len(s) for s in said])
-    np.savez(temporary, key=key, tokens=torch.cat(said).numpy().astype(np.int32), lengths=lengths)
+    tokens = torch.cat(said).numpy().astype(np.int32)
+    with temporary.open("wb") as file:
+        np.savez(file, key=key, tokens=tokens, lengths=lengths)
     temporary.replace(path)

@@ -102,11 +102,7 @@ def enriched(labels: Tensor, classes: Sequence[int], generator: torch.Generator)
         EmptyData: no sample belongs to the classes, or none to the rest.
     """
     own, rest = (part.nonzero().flatten() for part in _apart(labels, classes))
-    if not len(own) or not len(rest):
-        raise EmptyData(
-            f"of {len(labels)} samples {len(own)} belong to the classes {list(classes)} and {len(rest)} do "
-            "not: a specialist needs both."
-        )
+    _require_both(len(own), len(rest), classes)
     rounds = math.ceil(len(own) / len(rest))
     drawn = torch.cat([torch.randperm(len(rest), generator=generator) for _ in range(rounds)])
     numbers = torch.cat([own, rest[drawn[: len(own)]]])
@@ -118,8 +114,12 @@ def log_oversampling(labels: Tensor, classes: Sequence[int]) -> float:
 
     Of a share f of the samples half of the examples are made, so it is ``log((1 - f) / f)``. Added to the
     logit of the dustbin it brings a specialist's odds back to those of the whole data.
+
+    Raises:
+        EmptyData: no sample belongs to the classes, or none to the rest.
     """
     own, rest = (int(part.sum()) for part in _apart(labels, classes))
+    _require_both(own, rest, classes)
     return math.log(rest / own)
 
 
@@ -414,6 +414,14 @@ def _apart(labels: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Which labels are of the classes, and which are not."""
     own = torch.isin(labels, torch.tensor(list(classes), device=labels.device))
     return own, ~own
+
+
+def _require_both(own: int, rest: int, classes: Sequence[int]) -> None:
+    if not own or not rest:
+        raise EmptyData(
+            f"of {own + rest} samples {own} belong to the classes {list(classes)} and {rest} do not: a "
+            "specialist needs both."
+        )
 
 
 def _rows(weight: Tensor, classes: Sequence[int], rest: Sequence[int]) -> Tensor:

@@ -171,7 +171,14 @@ class Transparent(Method):
         """What the student is to say to a batch, ``(batch, outputs)``."""
         outputs = teacher.outputs(batch).float().mean(0)
         outputs = outputs.unsqueeze(1) if outputs.ndim == 1 else outputs
-        return log_odds(outputs) if self.scores == "log_odds" else outputs
+        if self.scores == "outputs":
+            return outputs
+        if outputs.shape[-1] < 2:
+            raise ModelMismatch(
+                "transparent: the teacher has one output, and less its mean over the classes that is 0 for "
+                "every sample: set scores: outputs."
+            )
+        return log_odds(outputs)
 
     def _samples(self, run: Run, teacher: Live, outputs: int) -> tuple[Array, Array]:
         """Features and scores of the training samples, ``(samples, features)``, ``(samples, outputs)``."""
