@@ -167,3 +167,19 @@ def test_a_mask_in_a_later_stage_leaves_the_other_weights_as_they_are() -> None:
     for one, two in zip(select(first), select(both), strict=True):
         kept = two.value != 0
         assert torch.equal(one.value[kept], two.value[kept])
+
+
+def test_an_own_loop_must_give_its_optimizer() -> None:
+    """The learning rate counts in the updates; what is missing is told before the first step."""
+    model, batch = MLP.build(), next(iter(MLP.task().train))
+    attached = lilliput.attach(model, IntegerTraining())
+    with pytest.raises(InputError, match=r"attached\.run\.optimizer before the first step"):
+        attached.batch(batch.inputs, batch.target)
+    attached.run.optimizer = torch.optim.SGD(attached.parameters(), lr=4.0)
+    before = original_of(select(model)[0]).detach().clone()
+    attached.batch(batch.inputs, batch.target)
+    attached.loss(None, model(batch.inputs)).backward()
+    attached.after_backward()
+    moved = (original_of(select(model)[0]) - before) * 128
+    assert moved.any()
+    assert torch.equal(moved, moved.round())

@@ -15,7 +15,8 @@ from lilliput import Stage, Train
 from lilliput.core.run import Run
 from lilliput.core.select import select
 from lilliput.engine.progress import Watcher
-from lilliput.errors import InputError
+from lilliput.errors import InputError, NothingChanged
+from lilliput.mechanisms.encodings import original_of
 from lilliput.methods import Magnitude, SoftWeightSharing
 from lilliput.methods.quantize import soft_weight_sharing
 from lilliput.methods.quantize.soft_weight_sharing import Mixture, divergence
@@ -158,7 +159,9 @@ def test_the_prior_draws_weights_to_its_means() -> None:
 
 
 def test_what_is_pruned_stays_zero() -> None:
-    model, _ = trained(before=Magnitude(sparsity=0.5, remove_dead=False), epochs=2)
+    before = Magnitude(sparsity=0.5, remove_dead=False)
+    model, _ = trained(before=before, epochs=2, deviation=0.05)
+    assert all(len(w.value.unique()) <= 6 for w in select(model))
     for weight in select(model):
         assert (weight.value == 0).float().mean() >= 0.5
 
@@ -172,3 +175,25 @@ def test_a_network_of_zeros_is_told() -> None:
         lilliput.compress(
             model, MLP.task(), [Stage(methods=[SoftWeightSharing()], train=Train(epochs=1))]
         )
+
+
+def test_a_mixture_that_leaves_all_to_the_zero_is_told() -> None:
+    """Every weight would become zero; until now nothing became of it, and nothing was said."""
+    model = MLP.build()
+    attached = lilliput.attach(model, SoftWeightSharing(zero=0.999, deviation=0.5), task=MLP.task())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(NothingChanged, match=r"zero component.*more epochs.*smaller deviation"):
+        attached.finish()
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_no_gradient_of_another_shape_is_left() -> None:
+    """Surgery in a later stage could not put it back."""
+    model, batch = MLP.build(), next(iter(MLP.task().train))
+    method = SoftWeightSharing(components=5, zero=0.5, deviation=0.05)
+    attached = lilliput.attach(model, method, task=MLP.task())
+    model(batch.inputs).sum().backward()
+    attached.finish()
+    trained = [original_of(w) for w in select(model)]
+    assert all(p.grad is None or p.grad.shape == p.shape for p in trained)

@@ -14,7 +14,7 @@ import lilliput
 from lilliput.core.types import Batch
 from lilliput.deploy import OnnxNetwork, export, inspect, overflows
 from lilliput.deploy.runtime import RUNTIMES
-from lilliput.errors import ExportFailed, InputError, UnknownName
+from lilliput.errors import EmptyData, ExportFailed, InputError, UnknownName
 from lilliput.mechanisms.ranges import noise_ratio
 from lilliput.testing import NETWORKS
 
@@ -130,6 +130,33 @@ def test_the_tiny_networks(network: Any, bits: int, tmp_path: Path) -> None:
     file = export(small, x[:2], tmp_path / "net.onnx").path
     with torch.no_grad():
         assert noise_ratio(small(x), outputs(file, x)) > 30.0
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["real", "integer"])
+def test_a_norm_behind_maxima_is_not_multiplied_into_what_it_would_turn_round(
+    quantized: bool, tmp_path: Path
+) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.MaxPool2d(2), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3)
+    ).eval()
+    norm: Any = net[2]
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.running_mean.normal_()
+    x = torch.randn(16, 3, 12, 12)
+    made = integers(net, x) if quantized else net
+    file = export(made, x[:1], tmp_path / "net.onnx")
+    assert file.folded == {}
+    with torch.no_grad():
+        assert noise_ratio(made(x), outputs(file.path, x)) > 30.0
+
+
+def test_a_network_that_is_one_layer(tmp_path: Path) -> None:
+    net, x = nn.Linear(8, 4), torch.randn(32, 8)
+    made = export(integers(net, x), x[:1], tmp_path / "net.onnx")
+    assert (made.integer_layers, made.float_layers) == ([""], [])
+    with torch.no_grad():
+        assert noise_ratio(net(x), outputs(made.path, x)) > 25.0
 
 
 def test_pruned_thin_and_real_networks_export_too(tmp_path: Path) -> None:
@@ -259,3 +286,65 @@ def test_sums_of_seven_bits_are_right_where_those_of_eight_overflow(tmp_path: Pa
         assert right == (bits == 7 or not overflows())
     with pytest.raises(UnknownName, match="tflite"):
         overflows("tflite")
+
+
+@pytest.fixture
+def _soon_large(monkeypatch: Any) -> None:
+    """Take a network for large that has more than a kilobyte, as torch does from 1.5 GB on."""
+    from torch.onnx._internal.exporter import _onnx_program
+
+    monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 1000)
+
+
+@pytest.mark.usefixtures("_soon_large")
+def test_large_networks_have_their_weights_in_a_second_file(tmp_path: Path) -> None:
+    net, x = nn.Sequential(Attention(), nn.Linear(16, 500)).eval(), torch.randn(4, 10, 16)
+    for products in (None, [Batch(x, None)]):
+        made = export(net, x, tmp_path / "net.onnx", products=products)
+        sizes = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+        assert set(sizes) == {"net.onnx", "net.onnx.data"}
+        assert sizes["net.onnx.data"] >= 16 * 500 * 4
+        assert made.bytes == sum(sizes.values())
+        with torch.no_grad():
+            assert noise_ratio(net(x), outputs(made.path, x)) > 25.0
+    assert len(made.products) == 2
+    moved = tmp_path.rename(tmp_path.with_name("elsewhere")) / "net.onnx"
+    assert outputs(moved, x).shape == (4, 10, 500)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_inputs_of_another_length_are_told(runtime: str, tmp_path: Path) -> None:
+    pytest.importorskip(runtime)
+    file = export(nn.Linear(16, 3), torch.randn(2, 5, 16), tmp_path / "net.onnx").path
+    network = RUNTIMES[runtime](file)
+    assert network(torch.randn(7, 5, 16)).shape == (7, 5, 3)
+    for shape in ((7, 6, 16), (7, 16)):
+        with pytest.raises(InputError, match=r"\(batch, 5, 16\) and got .*Pad all inputs") as told:
+            network(torch.randn(shape))
+        assert str(shape) in str(told.value)
+
+
+class Similar(nn.Module):
+    """A product whose factors nobody has computed."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x @ y
+
+
+def test_products_of_what_the_network_is_given(tmp_path: Path) -> None:
+    pair = torch.randn(4, 6, 8), torch.randn(4, 8, 5)
+    made = export(Similar(), pair, tmp_path / "net.onnx", products=[Batch(pair, None)])
+    assert len(made.products) == 1
+    assert (inspect(made.path).integers, inspect(made.path).floats) == (1, 0)
+    assert noise_ratio(pair[0] @ pair[1], OnnxNetwork(made.path)(*pair)) > 25.0
+
+
+def test_without_ranges_of_its_products_there_is_no_file(tmp_path: Path) -> None:
+    """Nor is the one replaced that was there."""
+    net, x, file = Attention().eval(), torch.randn(2, 5, 16), tmp_path / "net.onnx"
+    for before in (None, b"an older one"):
+        if before is not None:
+            file.write_bytes(before)
+        with pytest.raises(EmptyData):
+            export(net, x, file, products=[])
+        assert [f.read_bytes() for f in tmp_path.iterdir()] == ([] if before is None else [before])

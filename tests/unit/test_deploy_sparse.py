@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lilliput
 from lilliput import Stage, Train
-from lilliput.deploy import sparse
+from lilliput.deploy import csr, sparse
 from lilliput.deploy.csr import SparseProduct
 from lilliput.errors import InputError, ModelMismatch
 from lilliput.methods import Magnitude
@@ -131,3 +131,72 @@ def test_bad_input() -> None:
         sparse(network(), torch.randn(4, 5, 16, 16))
     with pytest.raises(InputError, match=r"model\.cpu"):
         sparse(nn.Linear(3, 3, device="meta"), torch.randn(1, 3))
+
+
+def encoder() -> tuple[nn.TransformerEncoder, Tensor]:
+    layer = nn.TransformerEncoderLayer(16, 2, 256, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    for module in model.layers:
+        pruned(module.linear1, 0.05)
+    return model, torch.randn(3, 7, 16)
+
+
+def test_a_transformers_layer_is_not_run_on_the_dense_weights() -> None:
+    """Torch would run it as one operator, and looks for the weights of its layers on the way to that."""
+    model, x = encoder()
+    padded = torch.arange(7).expand(3, 7) >= torch.tensor([[7], [5], [4]])
+    found = sparse(model, x, **settings(faster=float("inf"), remove_channels=False)).model
+    alone = sparse(model.layers[0], x, **settings(faster=float("inf"), remove_channels=False)).model
+    assert isinstance(found.get_submodule("layers.1.linear1"), SparseProduct)
+    assert isinstance(alone.get_submodule("linear1"), SparseProduct)
+    calls: list[str] = []
+    for name, module in found.named_modules():
+        if isinstance(module, SparseProduct):
+            times = module._times
+            module._times = lambda c, t=times, n=name: calls.append(n) or t(c)  # type: ignore
+    with torch.no_grad():
+        torch.testing.assert_close(alone(x), model.layers[0](x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found(x), model(x), rtol=1e-4, atol=1e-5)
+        ours = found(x, src_key_padding_mask=padded)[~padded]
+        theirs = model(x, src_key_padding_mask=padded)[~padded]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert calls == ["layers.0.linear1", "layers.1.linear1"] * 2
+
+
+@pytest.mark.parametrize("index", [1, 4, 5, 6])
+def test_the_weight_is_there_for_who_asks(index: int) -> None:
+    layer = pruned(copy.deepcopy(LAYERS[index][0]))
+    assert torch.equal(SparseProduct(layer, "scipy").weight, layer.weight)
+
+
+def test_outputs_want_no_gradient(monkeypatch: Any) -> None:
+    """A dense layer in front would hand scipy a tensor that it cannot take."""
+    monkeypatch.delitem(csr._PRODUCTS, "torch")
+    model = nn.Sequential(nn.Linear(30, 40), pruned(nn.Linear(40, 30), 0.05)).eval()
+    x = torch.randn(4, 30)
+    found = sparse(model, x, **settings(faster=float("inf"), remove_channels=False))
+    assert found.decisions[1].runs == "scipy"
+    torch.testing.assert_close(found.model(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_alone_is_replaced_itself() -> None:
+    layer, x = pruned(nn.Linear(128, 128), 0.01), torch.randn(4, 128)
+    found = sparse(layer, x, **settings(faster=float("inf")))
+    assert isinstance(found.model, SparseProduct)
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["torch", "scipy"])
+def test_a_product_follows_its_tensors(library: str) -> None:
+    """What it multiplies by is made once, and made anew when the tensors become others."""
+    one, x = pruned(nn.Linear(40, 30)), torch.randn(5, 40)
+    two = pruned(nn.Linear(40, 30))
+    two.weight.data = two.weight.data.flip(1).contiguous()
+    product, other = SparseProduct(one, library), SparseProduct(two, library)
+    with torch.no_grad():
+        product(x)
+        product.load_state_dict(other.state_dict())
+        torch.testing.assert_close(product(x), two(x))
+        torch.testing.assert_close(product.double()(x.double()), two.double()(x.double()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,15 +71,23 @@ def require(*packages: str) -> None:
             raise MissingDependency(package, "onnx", "writing and running ONNX files")
 
 
-def replace_file(path: Path, write: Callable[[str], object]) -> None:
-    """Write under a temporary name, and rename: the file is replaced whole or not at all."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(str(temporary))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def replace_file(path: Path, write: Callable[[str], object]) -> int:
+    """Write into a folder beside, and move: the file is replaced whole or not at all.
+
+    The name stays the same, since large networks have their weights in a second file, named after the
+    first, which names it in turn. The first is moved last.
+
+    Returns:
+        The bytes of all files that were written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        write(str(Path(folder) / path.name))
+        made = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
+        size = sum(file.stat().st_size for file in made)
+        for file in made:
+            file.replace(path.with_name(file.name))
+    return size
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from ..core.types import Change
 from ..errors import InputError
 from ..measure import latency
 from ..measure.macs import undisturbed
+from ..mechanisms.apart import keep_apart
 from ..mechanisms.encodings import bake
 from ..mechanisms.groups import Group, find_groups
 from ..mechanisms.surgery import cut
@@ -109,6 +110,14 @@ class SparseProduct(nn.Module):
         self.stride: tuple[int, ...] | None = getattr(layer, "stride", None)
         self._product: Callable[[Tensor], Tensor] | None = None
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made anew each time: for code that looks into the layer, as torch's own does."""
+        rows = torch.arange(self.shape[0]).repeat_interleave(self.starts.diff())
+        dense = self.values.new_zeros(self.shape)
+        dense[rows, self.columns] = self.values
+        return dense if self.stride is None else dense[(..., *[None] * len(self.stride))]
+
     def forward(self, inputs: Tensor) -> Tensor:
         """As the dense layer, up to rounding."""
         return (
@@ -142,6 +151,14 @@ class SparseProduct(nn.Module):
                 self.starts, self.columns, self.values, self.shape
             )
         return self._product(columns)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._product = None  # it was made of the old tensors
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **named: Any) -> None:
+        self._product = None
+        super()._load_from_state_dict(*args, **named)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_product": None}
@@ -213,7 +230,8 @@ def sparse(
     if any(p.device.type != "cpu" for p in model.parameters()):
         raise InputError("sparse products run on the processor: move the model there, model.cpu().")
     dense = bake(copy.deepcopy(model)).eval()
-    whole = copy.deepcopy(dense)
+    # No gradients: scipy cannot multiply what waits for one, and a dense layer in front would give it that.
+    whole = copy.deepcopy(dense).requires_grad_(False)
     removed = _remove_unread(whole, example_inputs) if remove_channels else []
     decide = partial(
         _decide, most_dense=most_dense, faster=faster, threads=threads, seconds=seconds
@@ -223,10 +241,19 @@ def sparse(
         decision, module = decide(name, whole.get_submodule(name), inputs)
         decisions.append(decision)
         if module is not None:
-            whole.set_submodule(name, module)
+            whole = _put(whole, name, module)
     both = {"dense": dense, "sparse": whole}
     timed = latency(both, example_inputs, threads=threads, seconds=4 * seconds)
     return SparseNetwork(whole, decisions, removed, timed.models["sparse"].ratio.median)
+
+
+def _put(whole: nn.Module, name: str, product: nn.Module) -> nn.Module:
+    """The network with a product in a layer's place, which may be all of it."""
+    if not name:
+        return product
+    whole.set_submodule(name, product)
+    keep_apart(whole, name, product)
+    return whole
 
 
 def _decide(

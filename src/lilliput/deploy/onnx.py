@@ -53,7 +53,7 @@ class Exported:
 
     Attributes:
         path: of the file.
-        bytes: its size.
+        bytes: its size, with the second file that large networks have their weights in.
         integer_layers: names of the layers whose weights and inputs are integers.
         float_layers: names of the other linear layers and convolutions.
         folded: batch normalization -> the layer that it was multiplied into.
@@ -84,7 +84,8 @@ def export(
         model: with whatever encodings; left as it is.
         inputs: an example of what it takes: a tensor, a tuple of positional arguments or a dict of keywords;
             the first dim of every tensor is the batch.
-        path: of the file; replaced whole or not at all.
+        path: of the file; replaced whole or not at all. Weights of more than about 1.5 GB go to a second
+            file beside it, whose name has ``.data`` at its end.
         products: batches on which ranges of the factors are measured that are both activations, as in
             attention; these products then are of integers too. See :mod:`.products`.
         tables: store embeddings as signed bytes with a step for each row, which in small language models are
@@ -108,27 +109,47 @@ def export(
     path = Path(path)
     twin, folded = deployable(model, inputs)
     stored = _store_tables(twin) if tables else []
-    _save(_traced(twin, inputs), path)
-    multiplied = [] if products is None else quantize_products(path, products)
-    integer = [n for n, m in twin.named_modules() if isinstance(m, IntegerLayer) and m.before]
-    real = [n.removesuffix(".layer") for n, m in twin.named_modules() if isinstance(m, _PRODUCTS)]
+    size, multiplied = _save(_traced(twin, inputs), path, products)
+    integer, real = _integer_and_real(twin)
     return Exported(
         path,
-        path.stat().st_size,
+        size,
         integer,
-        [n for n in real if n not in integer],
+        real,
         folded,
         multiplied,
         stored,
     )
 
 
-def _save(program: Any, path: Path) -> None:
+def _integer_and_real(twin: nn.Module) -> tuple[list[str], list[str]]:
+    """The names of linear layers and convolutions whose product is of integers, and of the others."""
+    modules = dict(twin.named_modules())
+    wrapped = {name: m for name, m in modules.items() if isinstance(m, IntegerLayer)}
+    inside = {id(m.layer) for m in wrapped.values()}
+    integer = [name for name, m in wrapped.items() if m.before is not None]
+    products = [
+        name
+        for name, m in modules.items()
+        if name in wrapped or (isinstance(m, _PRODUCTS) and id(m) not in inside)
+    ]
+    return integer, [name for name in products if name not in integer]
+
+
+def _save(program: Any, path: Path, products: Iterable[Batch] | None) -> tuple[int, list[str]]:
+    """Write the file with all that is done to it; its bytes, and the products that are of integers."""
+    multiplied: list[str] = []
+
+    def write(temporary: str) -> None:
+        program.save(temporary)
+        if products is not None:
+            multiplied.extend(quantize_products(Path(temporary), products))
+
     absorb_paddings(program.model.graph)
     quantize_before_poolings(program.model.graph)
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # where in the source it came from: half of a small file
-    _operators.replace_file(path, program.save)
+    return _operators.replace_file(path, write), multiplied
 
 
 @torch.no_grad()
@@ -158,13 +179,21 @@ def deployable(model: nn.Module, inputs: Any) -> tuple[nn.Module, dict[str, str]
         if name in grids:
             steps = grids[name].step.flatten() * scale.abs()
             before = quantizer_at(twin, f"{name}:input")
-            twin.set_submodule(name, IntegerLayer(layer, steps, before, behind))
+            twin = _put(twin, name, IntegerLayer(layer, steps, before, behind))
     for place in replaced_activations(twin):
         name, _, side = place.partition(":")
         module: Any = dict(twin.named_modules()).get(name)
         if side and isinstance(getattr(module, "output_quantizer", None), Quantizer):
             module.output_quantizer = _Pair(module.output_quantizer)
     return twin, folded
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """The model with another module of that name, which may be all of it."""
+    if not name:
+        return module
+    model.set_submodule(name, module)
+    return model
 
 
 def _absorb(layer: Any, norm: Any) -> Tensor:

@@ -45,15 +45,31 @@ def quantize_products(path: Path, batches: Iterable[Batch]) -> list[str]:
     nodes = _products(model.graph)
     if not nodes:
         return []
-    ends = _ranges(model, {name for node in nodes for name in node.input}, batches)
+    apart = _weights_apart(path)
+    ends = _ranges(model, {name for node in nodes for name in node.input}, batches, apart)
     known = {node.output[0]: node for node in model.graph.node}
     for node in nodes:
         for place, name in enumerate(node.input):
-            if known[name].op_type != "DequantizeLinear":
+            maker = known.get(name)  # None of what the network itself is given
+            if maker is None or maker.op_type != "DequantizeLinear":
                 node.input[place] = _pair(model.graph, node, name, ends[name], signed=place == 1)
     _sort(model.graph)
-    _operators.replace_file(path, lambda temporary: onnx.save(model, temporary))
+    _operators.replace_file(path, lambda temporary: _write(model, temporary, apart))
     return [node.name for node in nodes]
+
+
+def _weights_apart(path: Path) -> bool:
+    """Whether the weights lie in a second file, as those of large networks must."""
+    import onnx
+
+    tensors = onnx.load(str(path), load_external_data=False).graph.initializer
+    return any(onnx.external_data_helper.uses_external_data(tensor) for tensor in tensors)
+
+
+def _write(model: Any, file: str, apart: bool) -> None:
+    import onnx
+
+    onnx.save(model, file, save_as_external_data=apart, location=f"{Path(file).name}.data")
 
 
 def _products(graph: Any) -> list[Any]:
@@ -65,7 +81,7 @@ def _products(graph: Any) -> list[Any]:
     return [n for n in graph.node if n.op_type == "MatMul" and not constant & set(n.input)]
 
 
-def _ranges(model: Any, names: set[str], batches: Iterable[Batch]) -> Ends:
+def _ranges(model: Any, names: set[str], batches: Iterable[Batch], apart: bool) -> Ends:
     """The smallest and the largest value of some tensors of a file."""
     import onnx
 
@@ -77,7 +93,7 @@ def _ranges(model: Any, names: set[str], batches: Iterable[Batch]) -> Ends:
     ends: Ends = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "watched.onnx"
-        onnx.save(watched, str(file))
+        _write(watched, str(file), apart)
         network = OnnxNetwork(file, whole=True)
         for batch in batches:
             found = network(*_arguments(batch.inputs))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import ExportFailed, UnknownName
+from ..errors import ExportFailed, InputError, UnknownName
 from . import _operators
 
 Path_ = str | PathLike[str]
@@ -90,9 +90,17 @@ class OnnxNetwork(nn.Module):
         self.inputs = [entry.name for entry in self.session.get_inputs()]
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
-        """The outputs, one tensor or a tuple."""
+        """The outputs, one tensor or a tuple.
+
+        Raises:
+            InputError: a dim other than the batch is not as long as the file says.
+        """
         arrays = [t.detach().cpu().numpy() for t in tensors_of((inputs, keywords))]
-        found = self.session.run(None, dict(zip(self.inputs, arrays, strict=True)))
+        try:
+            found = self.session.run(None, dict(zip(self.inputs, arrays, strict=True)))
+        except Exception as error:
+            _tell_misfits([entry.shape for entry in self.session.get_inputs()], arrays, error)
+            raise
         tensors = tuple(torch.from_numpy(array) for array in found)
         return tensors[0] if len(tensors) == 1 else tensors
 
@@ -123,11 +131,40 @@ class OpenvinoNetwork(nn.Module):
             raise ExportFailed(f"OpenVINO does not take {path}: {error}") from error
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
-        """The outputs, one tensor or a tuple."""
+        """The outputs, one tensor or a tuple.
+
+        Raises:
+            InputError: a dim other than the batch is not as long as the file says.
+        """
         arrays = [t.detach().cpu().numpy() for t in tensors_of((inputs, keywords))]
-        found = self.compiled(arrays)
+        try:
+            found = self.compiled(arrays)
+        except Exception as error:
+            shapes = [entry.partial_shape for entry in self.compiled.inputs]
+            fixed = [[d.get_length() if d.is_static else None for d in s] for s in shapes]
+            _tell_misfits(fixed, arrays, error)
+            raise
         tensors = tuple(torch.from_numpy(found[k].copy()) for k in range(len(found)))
         return tensors[0] if len(tensors) == 1 else tensors
+
+
+def _tell_misfits(expected: list[list[Any]], arrays: list[Any], error: Exception) -> None:
+    """Explain a runtime's refusal where shapes are the reason; only integers among those expected are fixed.
+
+    Raises:
+        InputError: they are.
+    """
+    for shape, array in zip(expected, arrays, strict=True):
+        pairs = zip(shape, array.shape, strict=False)
+        same = all(found == fixed for fixed, found in pairs if isinstance(fixed, int))
+        if len(shape) == array.ndim and same:
+            continue
+        wanted = ", ".join(str(d) if isinstance(d, int) else "batch" for d in shape)
+        raise InputError(
+            f"the file takes inputs of shape ({wanted}) and got {array.shape}: all dims but the batch are "
+            "fixed in it, to those of the example that it was exported with. Pad all inputs to one length, "
+            "or export with an example of this shape."
+        ) from error
 
 
 RUNTIMES: dict[str, Any] = {"onnxruntime": OnnxNetwork, "openvino": OpenvinoNetwork}

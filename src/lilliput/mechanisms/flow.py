@@ -308,8 +308,8 @@ def _same_channels(made: Tensor, seen: Tensor) -> bool:
     """Whether the second dims of two tensors hold the same numbers, each in its place."""
     if made.numel() != seen.numel() or made.shape[1] != seen.shape[1]:
         return False
-    sums = (t.double().transpose(0, 1).flatten(1).sum(1) for t in (made, seen))
-    return torch.allclose(*sums)
+    first, second = (t.double().transpose(0, 1).flatten(1).sum(1) for t in (made, seen))
+    return torch.allclose(first, second)
 
 
 def _limits(operator: str, args: Any) -> tuple[float, float] | None:

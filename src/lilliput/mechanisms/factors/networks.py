@@ -15,7 +15,8 @@ from ..activations import (
     replace_activation,
     replaced_activations,
 )
-from ..surgery.modules import find_module, within
+from ..apart import keep_apart
+from ..surgery.modules import find_module
 from ..surgery.transaction import transaction
 from .chains import KINDS, Ranks
 from .fire import FIRE, Fire, fire_for
@@ -210,19 +211,4 @@ def _take_place(
     for place, quantizer in quantizers.items():
         assert quantizer is not None
         replace_activation(model, ends[place], quantizer)
-    _keep_apart(model, name, factors)
-
-
-def _keep_apart(model: nn.Module, name: str, factors: nn.Module) -> None:
-    """Keep torch from running a transformer's layer as one operator, on the composed weights."""
-    for path, module in model.named_modules():
-        if not within([path])(name) and path:
-            continue
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-        elif isinstance(module, nn.TransformerEncoderLayer):
-            factors.register_forward_pre_hook(_stand_apart)
-
-
-def _stand_apart(module: nn.Module, inputs: Any) -> None:
-    """A hook that does nothing: torch runs no layer as one operator that has hooks inside."""
+    keep_apart(model, name, factors)

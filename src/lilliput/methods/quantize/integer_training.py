@@ -112,7 +112,8 @@ class IntegerTraining(LayerMethod):
 
     Raises:
         NothingMatched: no activation module can be replaced.
-        InputError: a weight is of shared values already; the targets of ``squares`` are no classes.
+        InputError: a weight is of shared values already; the targets of ``squares`` are no classes; an own
+            loop has not given its optimizer.
 
     Example:
         >>> IntegerTraining().weight_bits
@@ -148,6 +149,10 @@ class IntegerTraining(LayerMethod):
             made = IntegerActivation(self.activation_bits, self.error_bits)
             replace_activation(run.model, name, made)
 
+    def before_step(self, run: Run) -> None:
+        """Find out whether the learning rate is known, before anything is computed."""
+        self._rate(run)
+
     def task_weight(self, run: Run) -> float:
         """The task's own loss counts only where it is asked for."""
         return float(self.objective == "task")
@@ -169,8 +174,7 @@ class IntegerTraining(LayerMethod):
     @torch.no_grad()
     def after_backward(self, run: Run) -> None:
         """Move the weights by integers; the optimizer finds no gradient of theirs."""
-        assert run.optimizer is not None
-        rate = float(run.optimizer.param_groups[0]["lr"])
+        rate = self._rate(run)
         step = 2.0 ** (1 - self.gradient_bits)
         for weight in self.weights(run.model):
             stored = original_of(weight)
@@ -196,6 +200,14 @@ class IntegerTraining(LayerMethod):
             Change(name, "bits of the activation", 32, self.activation_bits, self.method_name())
             for name in memory["replaced"]
         ]
+
+    def _rate(self, run: Run) -> float:
+        if run.optimizer is None:
+            raise InputError(
+                "integer_training must know the learning rate for its integer steps: give the optimizer to "
+                "attached.run.optimizer before the first step."
+            )
+        return float(run.optimizer.param_groups[0]["lr"])
 
     @torch.no_grad()
     def _begin(self, run: Run, weight: Weight) -> None:

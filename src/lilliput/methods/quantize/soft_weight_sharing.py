@@ -43,13 +43,18 @@ from ...core.run import Run
 from ...core.select import Weight
 from ...core.task import batch_size, read
 from ...core.types import Change, Positive, Term
-from ...errors import InputError
-from ...mechanisms.encodings import Codebook, encode, share_codebook
+from ...errors import InputError, NothingChanged
+from ...mechanisms.encodings import Codebook, encode, original_of, share_codebook
 
 #: Below this divergence two components are one.
 _SAME = 1e-10
 #: Weights whose densities are in memory at once.
 _PIECE = 1 << 13
+_ALL_ZERO = (
+    "soft_weight_sharing: every weight most likely belongs to the zero component, so all its layers would be "
+    "zero: no weight was changed. Let the mixture learn more (more epochs, a larger tau), or let it begin "
+    "narrower (a smaller deviation, a smaller zero)."
+)
 
 
 class Mixture(nn.Module):
@@ -198,6 +203,7 @@ class SoftWeightSharing(LayerMethod):
 
     Raises:
         InputError: all weights are zero.
+        NothingChanged: in the end every weight belongs to the zero.
 
     Example:
         >>> SoftWeightSharing(tau=0.003).components
@@ -217,8 +223,8 @@ class SoftWeightSharing(LayerMethod):
 
     @classmethod
     def example(cls) -> SoftWeightSharing:
-        """Five components."""
-        return cls(components=5)
+        """Five narrow components: in a few steps, wider ones leave all weights to the zero."""
+        return cls(components=5, zero=0.5, deviation=0.05)
 
     def attach(self, run: Run) -> None:
         """Put the mixture beside the network."""
@@ -247,14 +253,16 @@ class SoftWeightSharing(LayerMethod):
         means, becomes = mixture.merged()
         codes = {w.name: _codes(mixture, w, becomes) for w in chosen}
         used = sorted({int(c) for code in codes.values() for c in code.unique()} - {0})
+        if not used:
+            raise NothingChanged(_ALL_ZERO)
         place = torch.zeros(len(means), dtype=torch.int32)
         place[used] = torch.arange(1, len(used) + 1, dtype=torch.int32)
-        if used:
-            for weight in chosen:
-                code = place[codes[weight.name].cpu()].to(weight.value.device)
-                laid_out = torch.zeros_like(weight.value, dtype=torch.int32).copy_(code)
-                encode(weight, Codebook(laid_out, means[used].to(weight.value), run.key_of(self)))
-            share_codebook(chosen)
+        for weight in chosen:
+            code = place[codes[weight.name].cpu()].to(weight.value.device)
+            laid_out = torch.zeros_like(weight.value, dtype=torch.int32).copy_(code)
+            original_of(weight).grad = None  # of the old shape
+            encode(weight, Codebook(laid_out, means[used].to(weight.value), run.key_of(self)))
+        share_codebook(chosen)
         return [
             Change(w.name, "distinct values", self.memory(run)["before"][w.name],
                    len(w.value.unique()), self.method_name())
