@@ -9,7 +9,8 @@ A dense network trains first, and is where every row of its seed starts: the den
 the methods, each with the same epochs, optimizer and schedule. All methods leave the same number of
 weights, 1 of 56 in LeNet-300-100 and 1 of 108 in LeNet-5, what dynamic network surgery reports without a
 loss; ``dynamic_surgery`` finds its sparsity, and its ``deviations`` were chosen on validation images so
-that it is at least that. ``magnitude, Han`` has the layers' densities of Han et al. 2015. Bytes are those
+that it is at least that. ``magnitude, Han`` has the layers' densities of Han et al. 2015, ``targeted_dropout`` the rate of its
+paper's ramps. Bytes are those
 of the file, weights in float32; entropy is what an ideal coder of single weights would need.
 """
 
@@ -65,7 +66,7 @@ def rows(network: str) -> dict[str, list[dict[str, Any]]]:
             {"method": "gradual", "sparsity": sparsity, "scope": "global"}, TEACHER,
         ],
         "dynamic_surgery": [{"method": "dynamic_surgery", "deviations": DEVIATIONS[network]}],
-        "targeted_dropout": [{"method": "targeted_dropout", **ranked, "rate": 0.66, "ramp": 0.5}],
+        "targeted_dropout": [{"method": "targeted_dropout", **ranked, "rate": 0.99, "ramp": 0.5}],
         "surgeon": [{"method": "surgeon", **ranked, "rounds": 10, "samples": 2048}],
         "energy_aware": [{"method": "energy_aware", **ranked, "rounds": 3, "samples": 2048}],
     }  # fmt: skip

@@ -40,7 +40,10 @@ METHODS: dict[str, Any] = {
         {"method": "gradual", "sparsity": s, "scope": "global"}, TEACHER,
     ],
     "targeted_dropout": lambda s: [
-        {"method": "targeted_dropout", "sparsity": s, "allocation": "magnitude", "ramp": 0.5}
+        {
+            "method": "targeted_dropout", "sparsity": s, "allocation": "magnitude", "rate": 0.99,
+            "ramp": 0.5,
+        }
     ],
     "surgeon": lambda s: [
         {"method": "surgeon", "sparsity": s, "allocation": "magnitude", "rounds": 5}
