@@ -9,9 +9,9 @@ A dense network trains first, and is where every row of its seed starts: the den
 the methods, each with the same epochs, optimizer and schedule. All methods leave the same number of
 weights, 1 of 56 in LeNet-300-100 and 1 of 108 in LeNet-5, what dynamic network surgery reports without a
 loss; ``dynamic_surgery`` finds its sparsity, and its ``deviations`` were chosen on validation images so
-that it is at least that. ``magnitude, Han`` has the layers' densities of Han et al. 2015, ``targeted_dropout`` the rate of its
-paper's ramps. Bytes are those
-of the file, weights in float32; entropy is what an ideal coder of single weights would need.
+that it is at least that. ``magnitude, Han`` has the layers' densities of Han et al. 2015,
+``targeted_dropout`` the rate of its paper's ramps. Bytes are those of the file, weights in float32;
+entropy is what an ideal coder of single weights would need.
 """
 
 from __future__ import annotations
