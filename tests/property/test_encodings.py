@@ -334,3 +334,23 @@ def test_parameters_come_back_in_their_order(layer: nn.Module) -> None:
     bake(layer)
     assert [name for name, _ in layer.named_parameters()] == before
     assert [name for name, _ in copy.deepcopy(layer).named_parameters()] == before
+
+
+@few
+@given(stacks, seeds)
+def test_no_gradient_of_another_shape_is_left(kinds: list[str], seed: int) -> None:
+    """Neither of the dense weight behind shared values nor of these behind a dense weight."""
+    net = network(seed)
+
+    def backward_and_check() -> None:
+        for parameter in net.parameters():
+            assert parameter.grad is None or parameter.grad.shape == parameter.shape
+        net(torch.randn(4, 5)).sum().backward()
+
+    backward_and_check()
+    for kind in kinds:
+        for weight in select(net):
+            encode(weight, make(kind, weight, seed))
+        backward_and_check()
+    bake(net)
+    backward_and_check()

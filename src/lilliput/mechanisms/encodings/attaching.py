@@ -56,6 +56,7 @@ def strip(weight: Weight) -> None:
         _own_class(weight.module)
         _leave_shared(weight)
         parametrize.remove_parametrizations(weight.module, weight.tensor, leave_parametrized=True)
+        _drop_gradient(getattr(weight.module, weight.tensor))
         _restore_order(weight.module)
 
 
@@ -129,8 +130,15 @@ def _restack(weight: Weight, encodings: list[Encoding]) -> None:
     if same:
         original_of(weight).data.copy_(trained)
     _put_shared(weight)
+    _drop_gradient(original_of(weight))
     if isinstance(weight.module, nn.RNNBase):
         _refresh_before_forward(weight.module)
+
+
+def _drop_gradient(trained: Tensor) -> None:
+    """Where a gradient belongs to what trained before, in another shape, it would break whoever copies it."""
+    if trained.grad is not None and trained.grad.shape != trained.shape:
+        trained.grad = None
 
 
 def _put_shared(weight: Weight) -> None:

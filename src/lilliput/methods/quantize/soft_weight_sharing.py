@@ -44,7 +44,7 @@ from ...core.select import Weight
 from ...core.task import batch_size, read
 from ...core.types import Change, Positive, Term
 from ...errors import InputError, NothingChanged
-from ...mechanisms.encodings import Codebook, encode, original_of, share_codebook
+from ...mechanisms.encodings import Codebook, encode, share_codebook
 
 #: Below this divergence two components are one.
 _SAME = 1e-10
@@ -260,7 +260,6 @@ class SoftWeightSharing(LayerMethod):
         for weight in chosen:
             code = place[codes[weight.name].cpu()].to(weight.value.device)
             laid_out = torch.zeros_like(weight.value, dtype=torch.int32).copy_(code)
-            original_of(weight).grad = None  # of the old shape
             encode(weight, Codebook(laid_out, means[used].to(weight.value), run.key_of(self)))
         share_codebook(chosen)
         return [
