@@ -36,7 +36,7 @@ IDEAS = ("second student", "auxiliary", "own labels", "curriculum", "growing", "
 WITHOUT_CODE: set[str] = set()
 WITHOUT_ROWS = {
     "compact_architectures", "data_free_mnist", "detection_bccd", "distillation_cifar10", "few_bits_mnist",
-    "fitnets_mnist", "low_rank", "many_tasks", "sparse_lenet_300_100",
+    "fitnets_mnist", "low_rank", "many_tasks",
     "sparsity_curve", "translation_multi30k",
 }  # fmt: skip
 
