@@ -27,7 +27,7 @@ from lilliput.core.task import evaluation, read
 HERE = Path(__file__).resolve().parent
 MISSING = 3
 TEACHER_EPOCHS, EPOCHS = 40, 20
-# The paper's temperature (a temperature of 8 is as good on validation images); the weights are not tuned.
+# The paper's temperature; the weights are not tuned.
 SOFT = {"method": "soft_targets", "temperature": 20, "soft_weight": 0.9, "hard_weight": 0.1}
 ONLY_SOFT = {**SOFT, "soft_weight": 1.0, "hard_weight": 0.0}
 PAPER = {
