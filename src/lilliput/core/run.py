@@ -168,6 +168,21 @@ class Run:
         self.extras[name] = self.wrap(module.to(self.device))
         return self.extras[name]
 
+    def learning_rate(self, told: str) -> float:
+        """The optimizer's, for methods that move weights themselves.
+
+        Args:
+            told: the beginning of the error message: who must know it, and why.
+
+        Raises:
+            InputError: an own loop has not given its optimizer.
+        """
+        if self.optimizer is None:
+            raise InputError(
+                f"{told} give the optimizer to attached.run.optimizer before the first step."
+            )
+        return float(self.optimizer.param_groups[0]["lr"])
+
     def player(
         self,
         name: str,

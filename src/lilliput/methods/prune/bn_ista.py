@@ -369,12 +369,9 @@ class BnIsta(ChannelMethod):
     def _rate(self, run: Run) -> float:
         if self.lr is not None:
             return self.lr
-        if run.optimizer is None:
-            raise InputError(
-                "bn_ista moves the scales itself and must know how far: set lr, or give the optimizer to "
-                "attached.run.optimizer before the first step."
-            )
-        return float(run.optimizer.param_groups[0]["lr"])
+        return run.learning_rate(
+            "bn_ista moves the scales itself and must know how far: set lr, or"
+        )
 
     def _rescale(self, run: Run) -> list[str]:
         """Rescale every group that has a scale of its own and allows it; returns those scales' names."""

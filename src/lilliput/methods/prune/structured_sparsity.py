@@ -61,7 +61,7 @@ from ...core.run import Run
 from ...core.select import Weight, matches, select
 from ...core.task import call, evaluation
 from ...core.types import Change, NonNegative, Positive
-from ...errors import InputError, ModelMismatch, NothingChanged, NothingMatched, SurgeryFailed
+from ...errors import ModelMismatch, NothingChanged, NothingMatched, SurgeryFailed
 from ...measure import size
 from ...mechanisms.budget import lowest, takes_part
 from ...mechanisms.encodings import Mask, encode, encoding_of, original_of
@@ -424,12 +424,9 @@ class StructuredSparsity(ChannelMethod):
         return unfolded(folded, stored, _transposed(weight))
 
     def _rate(self, run: Run) -> float:
-        if run.optimizer is None:
-            raise InputError(
-                "structured_sparsity must know the learning rate for its proximal steps: give the "
-                "optimizer to attached.run.optimizer before the first step."
-            )
-        return float(run.optimizer.param_groups[0]["lr"])
+        return run.learning_rate(
+            "structured_sparsity must know the learning rate for its proximal steps:"
+        )
 
     def _freeze(self, *, shared: bool) -> set[str]:
         """Put masks on weights with dead groups: on those of shared values, or on all others."""

@@ -202,12 +202,9 @@ class IntegerTraining(LayerMethod):
         ]
 
     def _rate(self, run: Run) -> float:
-        if run.optimizer is None:
-            raise InputError(
-                "integer_training must know the learning rate for its integer steps: give the optimizer to "
-                "attached.run.optimizer before the first step."
-            )
-        return float(run.optimizer.param_groups[0]["lr"])
+        return run.learning_rate(
+            "integer_training must know the learning rate for its integer steps:"
+        )
 
     @torch.no_grad()
     def _begin(self, run: Run, weight: Weight) -> None:
