@@ -26,8 +26,7 @@ When not to use it: where there are data to retrain with, every other criterion 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Annotated, Any, ClassVar
@@ -40,10 +39,10 @@ from torch import Tensor, nn
 
 from ...core.registry import method
 from ...core.run import Run
-from ...core.task import answer, evaluation
 from ...core.types import Change, Keep, PerLayer, resolve
 from ...errors import NothingMatched
 from ...mechanisms.budget import rounded
+from ...mechanisms.flow import flows
 from ...mechanisms.groups import Groups
 from ...mechanisms.groups.classes import Group, Removal
 from ._channels import ChannelMethod, Edit
@@ -321,45 +320,20 @@ def _plain(model: nn.Module, name: str, convolutions: bool) -> bool:
     return isinstance(layer, nn.Linear)
 
 
-@torch.no_grad()
 def norms_behind(model: nn.Module, inputs: Any) -> dict[str, str]:
     """Layers whose output a batch normalization takes as it is, with its name.
 
     What lies between need not be a module: in ``norm(conv(x).relu())`` there is nothing to fold.
 
     Args:
-        model: run once, in eval mode.
+        model: run in eval mode.
         inputs: an example.
     """
-    made: dict[int, tuple[str, Tensor, int]] = {}
-    found: dict[str, str] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            made[id(output)] = (name, output, output._version)
-
-        return hook
-
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, keywords: Any) -> None:
-            layer, output, version = made.get(id((*args, *keywords.values())[0]), ("", None, 0))
-            # What an activation has changed in place since has another version.
-            if output is not None and output._version == version:
-                found.setdefault(layer, name)
-
-        return hook
-
-    with ExitStack() as stack:
-        stack.enter_context(evaluation(model))
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-                stack.callback(module.register_forward_hook(note(name)).remove)
-            elif isinstance(module, _Norm):
-                stack.callback(
-                    module.register_forward_pre_hook(look(name), with_kwargs=True).remove
-                )
-        answer(model, inputs)
-    return found
+    layers = [
+        n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)
+    ]
+    found = flows(model, layers, inputs).layers
+    return {layer: flow.norm for layer, flow in found.items() if flow.norm is not None}
 
 
 def _normalization(norm: Any, channels: int) -> tuple[Tensor, Tensor, Tensor]:
