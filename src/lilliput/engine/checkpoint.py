@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..core.files import unfinished
 from ..errors import CorruptArtifact, RunError
 from ..mechanisms.encodings import bake, describe, rebuild
 from ..mechanisms.packing import Pack, fit, pack_of, set_pack
@@ -55,7 +56,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     Raises:
         RunError: the disk is full, or the folder cannot be written; the old file is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..core.digests import weights_digest
+from ..core.files import unfinished
 from ..core.run import Run
 from ..core.task import answer, move, read
 from ..core.types import Batch
@@ -241,17 +241,13 @@ def _write(path: Path, key: str, rows: np.ndarray, marks: np.ndarray) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     index = _index_of(path)
-    unfinished, unfinished_index = _temporary(path), _temporary(index)
-    rows.tofile(unfinished)
-    with unfinished_index.open("wb") as file:
+    rows_file, index_file = unfinished(path), unfinished(index)
+    rows.tofile(rows_file)
+    with index_file.open("wb") as file:
         np.savez(file, key=key, shape=rows.shape, prints=marks)
     index.unlink(missing_ok=True)
-    unfinished.replace(path)
-    unfinished_index.replace(index)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    rows_file.replace(path)
+    index_file.replace(index)
 
 
 def _index_of(path: Path) -> Path:

@@ -7,7 +7,6 @@ figure that would fetch something fails visibly here and not on a reader's desk.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
+from ..core.files import unfinished
 from ..core.optional import optional
 from ..core.registry import Paper, find
 from ..errors import InputError, UnknownName
@@ -151,7 +151,7 @@ def _value(value: Any) -> str:
 
 def _write(out: Path, page: str) -> None:
     """Under a temporary name first, so that no half page stays."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = unfinished(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(page, encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ...core.files import unfinished
 from ...core.run import Run
 from ...core.types import Batch
 
@@ -43,7 +43,7 @@ class Generated:
     def save(self, path: Path, key: str) -> None:
         """Write them to a file that knows what they were made from."""
         about = {"key": key, "figures": json.dumps([self.before, self.after, self.accuracy])}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = unfinished(path)
         tensors = {"inputs": self.inputs, "labels": self.labels}
         safetensors.torch.save_file(tensors, temporary, about)
         temporary.replace(path)

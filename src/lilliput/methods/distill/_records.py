@@ -10,7 +10,6 @@ whose size would be their square; its neurons are sampled independently of each 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -22,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ...core.files import unfinished
 from ...core.select import example_device
 from ...core.task import answer, evaluation, move, read
 from ...core.types import Batch
@@ -195,7 +195,7 @@ def save_records(records: Records, file: str | Path) -> None:
     }
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = unfinished(file)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(whole, temporary, {_KEY: json.dumps(about)})
     temporary.replace(file)

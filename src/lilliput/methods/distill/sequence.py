@@ -29,7 +29,6 @@ tokens, only the word level works, as soft targets without a temperature.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -43,6 +42,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from ...core.digests import weights_digest
+from ...core.files import unfinished
 from ...core.method import Method
 from ...core.optional import optional
 from ...core.registry import method
@@ -303,7 +303,7 @@ def _save(path: Path | None, key: str, said: list[Tensor]) -> None:
     if path is None:
         return
     # Each of several processes writes its own, and all the same.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = unfinished(path)
     lengths = np.array([len(s) for s in said])
     tokens = torch.cat(said).numpy().astype(np.int32)
     with temporary.open("wb") as file:
