@@ -16,6 +16,8 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
+pytestmark = pytest.mark.usefixtures("one_reading_of_operators")
+
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: Any) -> Path:

@@ -12,6 +12,7 @@ from torch import nn
 
 import lilliput
 from lilliput import Stage, Train
+from lilliput.cli import main
 from lilliput.core.method import Method
 from lilliput.core.run import Run
 from lilliput.core.types import Change
@@ -74,8 +75,25 @@ def run_all(directory: Path) -> None:
         run(method, width, directory / name)
 
 
+RECIPE = """\
+task: {name: digits, limit: 256}
+model: digits_cnn
+threads: 1
+stages:
+  - methods: [{method: magnitude, sparsity: 0.5}]
+    train: {epochs: 1}
+"""
+
+
+def command_line(home: Path) -> int:
+    """``lilliput run`` on a recipe, in a directory ``typed``."""
+    recipe = home / f"tiny-{distributed.rank()}.yaml"
+    recipe.write_text(RECIPE)
+    return main(["run", str(recipe), "--directory", str(home / "typed"), "--no-report"])
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.start("cpu")
     run_all(Path(sys.argv[1]))
-    distributed.stop()
+    sys.exit(command_line(Path(sys.argv[1])))

@@ -22,8 +22,8 @@ def test_a_plain_loop() -> None:
 @pytest.mark.parametrize(
     ("name", "packages", "brief", "at_least"),
     [
-        ("lightning_module", ("lightning",), "epochs=6", 90.0),
-        ("hugging_face_trainer", ("transformers", "accelerate"), "steps=250", 85.0),
+        ("lightning_module", ("lightning",), "epochs=4", 85.0),
+        ("hugging_face_trainer", ("transformers", "accelerate"), "steps=180", 75.0),
     ],
 )
 def test_somebody_elses_loop(

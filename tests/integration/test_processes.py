@@ -21,6 +21,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [*torchrun, processes_driver.__file__, str(home / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
+    (home / "printed").write_text(done.stdout)
     processes_driver.run_all(home / "one")
     return home
 
@@ -36,3 +37,9 @@ def test_two_processes_come_to_what_one_comes_to(method: str, runs: Path) -> Non
         assert one["2.weight"].shape == (14, 12)
     for name, tensor in one.items():
         np.testing.assert_allclose(two[name], tensor, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_command_line_prints_one_result(runs: Path) -> None:
+    assert (runs / "printed").read_text().count("compressed file") == 1
+    assert (runs / "two" / "typed" / "result.json").exists()

@@ -15,11 +15,11 @@ from lilliput.core.select import select
 from lilliput.errors import CorruptArtifact, InputError, NothingMatched
 from lilliput.mechanisms.activations import HalfWave as Quantizer
 from lilliput.mechanisms.encodings import Binary, encode, original_of
-from lilliput.methods import FilterL1, HalfWave, PostTraining
+from lilliput.methods import FilterL1, HalfWave, Magnitude, PostTraining
 from lilliput.methods.quantize.half_wave import half_wave_levels, squared_error
 from lilliput.testing import NETWORKS
 
-_, CNN, TRANSFORMER = NETWORKS
+MLP, CNN, TRANSFORMER = NETWORKS
 
 
 def test_the_constants_of_the_paper() -> None:
@@ -114,6 +114,19 @@ def test_the_file_keeps_signs_and_scales_apart(tmp_path: Path) -> None:
     lilliput.artifact.write(tmp_path / "bad.safetensors", tensors, structure=structure)
     with pytest.raises(CorruptArtifact, match="one for each filter"):
         lilliput.load(tmp_path / "bad.safetensors", model=CNN.build())
+
+
+def test_filters_that_a_mask_takes_whole_are_zeros_in_the_file(tmp_path: Path) -> None:
+    """All weights of a filter have one magnitude, so a ranking takes whole filters."""
+    stage = Stage(
+        methods=[HalfWave(), Magnitude(sparsity=0.5, remove_dead=False)], train=Train(epochs=1)
+    )
+    model = lilliput.compress(MLP.build(), MLP.task(), [stage], directory=tmp_path).model
+    filters = model[0].weight  # type: ignore[index]
+    assert filters.isfinite().all()
+    gone = (filters == 0).all(1)
+    assert gone.any()
+    assert all(len(f.unique()) == 2 for f in filters[~gone])
 
 
 def test_activations_alone() -> None:

@@ -19,11 +19,12 @@ from lilliput.core.run import Run
 from lilliput.core.select import select
 from lilliput.core.types import Batch
 from lilliput.errors import EmptyData, InputError, NothingMatched
+from lilliput.measure import size
 from lilliput.mechanisms.activations import quantizer_at, replaced_activations
 from lilliput.mechanisms.encodings import StepGrid, encoding_of, put_grid
 from lilliput.mechanisms.flow import flows
 from lilliput.mechanisms.ranges import noise_ratio, steps_of
-from lilliput.methods import Codebook, Magnitude, PostTraining
+from lilliput.methods import Apoz, Codebook, Magnitude, PostTraining, Taylor, Thinet
 from lilliput.methods.quantize._bits_by_loss import losses, spread_bits
 from lilliput.methods.quantize._equalizing import equalize
 from lilliput.methods.quantize._rounding import adaptive, nearest, second_order
@@ -744,3 +745,15 @@ def test_a_layer_that_also_reads_something_else_has_a_range_of_its_own() -> None
     found = lilliput.quantize(net, [x]).model
     with torch.no_grad():
         assert noise_ratio(net(x), found(x)) > 25.0
+
+
+@pytest.mark.parametrize("ranking", [Taylor, Apoz, Thinet], ids=lambda kind: kind.method_name())
+@pytest.mark.parametrize("network", NETWORKS[:2], ids=lambda network: network.name)
+def test_channels_of_integers_are_ranked_by_their_activations(ranking: Any, network: Any) -> None:
+    """A quantizer stands beside its layer, whose inputs can be watched as before."""
+    pruning = ranking.example()
+    stages = [Stage(methods=[PostTraining(samples=32)], train=NONE)]
+    stages += [Stage(methods=[pruning], train=Train(epochs=1))]
+    model = lilliput.compress(network.build(), network.task(), stages).model
+    assert size(model).parameters < size(network.build()).parameters
+    assert replaced_activations(model)

@@ -22,6 +22,8 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
+pytestmark = pytest.mark.usefixtures("one_reading_of_operators")
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

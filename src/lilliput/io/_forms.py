@@ -77,7 +77,8 @@ def _signs(name: str, value: Tensor, binary: Binary) -> dict[str, Part]:
     if not binary.by_filter:
         return {name: _few_values(value)}
     scale = value.abs().flatten(1).amax(1)
-    signs = _few_values(value / scale.view(-1, *[1] * (value.ndim - 1)))
+    divisor = torch.where(scale == 0, 1.0, scale)  # a mask around it may have taken a whole filter
+    signs = _few_values(value / divisor.view(-1, *[1] * (value.ndim - 1)))
     return {name: signs, f"{_SCALES}{name}": _to_numpy(scale)}
 
 

@@ -234,7 +234,7 @@ KINDS: dict[str, type[Activation]] = {
 }
 
 #: The submodules of a module with a quantizer before or behind it.
-_BEFORE, _BEHIND = "input_quantizer", "output_quantizer"
+QUANTIZERS = _BEFORE, _BEHIND = "input_quantizer", "output_quantizer"
 
 
 def replace_activation(model: nn.Module, place: str, activation: Activation) -> None:

@@ -35,6 +35,7 @@ from ..engine.outcome import Result
 from ..engine.progress import Watcher
 from ..engine.recipes import load_recipe, to_yaml, validate
 from ..errors import LilliputError, NothingMatched, RecipeError
+from ..measure import effective_state
 from ..mechanisms.encodings import describe, rebuild
 from ..mechanisms.structure import apply_structure, structure_of
 from .examples import registered_examples
@@ -71,6 +72,24 @@ class Snapshot(Watcher):
         """Copy before the first step."""
         if run.stage == self.stage:
             shutil.copytree(self.home, self.to)
+
+
+@dataclass
+class Trained(Watcher):
+    """Keeps hold of the network that trains, which the file must hold to the last bit."""
+
+    run: Run | None = None
+
+    def stage_begins(self, run: Run, stage: Stage) -> None:
+        """It is the same run in every stage."""
+        self.run = run
+
+    def assert_is_in(self, result: Result) -> None:
+        """What was read from the last file is what was trained; no number is none."""
+        assert self.run is not None
+        held, found = effective_state(self.run.model), effective_state(result.model)
+        assert held.keys() == found.keys()
+        assert [name for name in held if not torch.equal(held[name], found[name])] == []
 
 
 @dataclass
@@ -119,10 +138,13 @@ class Trial:
     @cached_property
     def outcome(self) -> Result | LilliputError:
         """The undisturbed run, or the refusal; anything else is a crash and passes through."""
+        trained = Trained()
         try:
-            return self.compress("undisturbed")
+            result = self.compress("undisturbed", trained)
         except LilliputError as refusal:
             return refusal
+        trained.assert_is_in(result)
+        return result
 
     @property
     def result(self) -> Result:
@@ -377,10 +399,14 @@ class MethodContract:
                     network.build(), network.task(), stages, directory=directory, watchers=watchers
                 )
 
+            trained = Trained()
             try:
-                undisturbed = run(home, *([Snapshot(last, home, again)] if resumed else []))
+                undisturbed = run(
+                    home, trained, *([Snapshot(last, home, again)] if resumed else [])
+                )
             except LilliputError:
                 continue
+            trained.assert_is_in(undisturbed)
             if resumed:
                 _interrupt(lambda run=run, again=again: run(again, Interruption(3, last)))  # type: ignore[misc]
                 _same_run(undisturbed, run(again))

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...core.task import call
 from ...errors import InputError, ModelMismatch
+from ..activations import QUANTIZERS
 from .labels import Context
 from .quick import shape_only
 from .rules import call_function, follow
@@ -205,9 +206,9 @@ def _hook(name: str, module: nn.Module, record: Trace) -> None:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether a module has no children; encodings of a weight do not count as children."""
+    """Whether a module has no children; encodings and quantizers, which stand beside it, are none."""
     children = (name for name, child in module._modules.items() if child is not None)
-    return all(name == "parametrizations" for name in children)
+    return all(name in ("parametrizations", *QUANTIZERS) for name in children)
 
 
 def _tensors(value: Any) -> list[Tensor]:
