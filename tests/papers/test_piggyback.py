@@ -18,8 +18,9 @@ from lilliput.engine.progress import Watcher
 from lilliput.errors import InputError
 from lilliput.mechanisms.encodings import Threshold, encode, encoding_of
 from lilliput.mechanisms.packing import pack_of
-from lilliput.methods import Codebook, Magnitude, Piggyback
+from lilliput.methods import Codebook, HalfWave, LowRank, Magnitude, Piggyback, PostTraining
 from lilliput.testing import NETWORKS
+from lilliput.testing.contract import Trained
 
 _, CNN, _ = NETWORKS
 TRAIN = Train(epochs=4, optimizer="adam", lr=2e-3, weight_decay=1e-2)
@@ -163,6 +164,31 @@ def test_over_shared_values(inputs: Tensor) -> None:
     ]
     model = lilliput.compress(CNN.build(), CNN.task(), stages).model
     assert len(model[3].weight.unique()) <= 9  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "few",
+    [HalfWave(), PostTraining(samples=32), LowRank(rank=2, convolutions="channel")],
+    ids=lambda method: method.method_name(),
+)
+def test_a_backbone_of_few_numbers_is_whole_in_the_file(
+    few: Any, inputs: Tensor, tmp_path: Path
+) -> None:
+    """Scales or factors apart from a weight belong to the backbone, not to what one task sees of it."""
+    trained = Trained()
+    stages = [
+        Stage(methods=[few], train=TRAIN),
+        Stage(methods=[Piggyback(task="own")], train=TRAIN),
+    ]
+    file = tmp_path / "run" / "model.safetensors"
+    lilliput.compress(CNN.build(), CNN.task(), stages, directory=file.parent, watchers=[trained])
+    assert trained.run is not None
+    loaded = lilliput.load(file, model=CNN.build(seed=7))
+    assert torch.equal(logits(loaded, inputs), logits(trained.run.model, inputs))
+    pack = pack_of(trained.run.model)
+    assert pack is not None
+    for name, whole in pack.weights.items():
+        assert torch.equal(pack_of(loaded).weights[name], whole)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("earlier", [Magnitude(sparsity=0.5), Codebook(bits=2, layers="9")])

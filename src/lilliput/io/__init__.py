@@ -71,11 +71,13 @@ def save(
     """
     settings = settings or ArtifactSettings()
     state, own = effective_state(model), structure_of(model)
-    tied, pack, tensors = tied_names(state), settled(model, state), parts(model)
-    known = own | {"tied": tied, "grids": bits_of_grids(model)}
+    tied, pack = tied_names(state), settled(model, state)
+    whole = None if pack is None else pack.weights
+    tensors = parts(model, whole)
+    known = own | {"tied": tied, "grids": bits_of_grids(model, whole)}
     if pack is not None:
         known["tasks"] = packed.describe(pack)
-        tensors |= packed.parts(pack, state)
+        tensors |= packed.parts(pack)
     origin = dict(getattr(model, "lilliput_origin", {}))
     artifact.write(
         path,

@@ -10,6 +10,7 @@ encoding holds entries elsewhere (a mask around a grid), the plain values are st
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -41,32 +42,39 @@ _SCALES, _LEFT, _RIGHT = "scales/", "left/", "right/"
 Part = np.ndarray | Coded | BFloat16
 
 
-def parts(model: nn.Module) -> dict[str, Part]:
-    """The effective tensors of a model as the artifact stores them, codes where there are any."""
+def parts(model: nn.Module, whole: Mapping[str, Tensor] | None = None) -> dict[str, Part]:
+    """The effective tensors of a model as the artifact stores them, codes where there are any.
+
+    Args:
+        model: with its encodings.
+        whole: what to store in the place of some weights: those of which the model, as one of its tasks, sees
+            a part.
+    """
+    whole = whole or {}
     forms: dict[str, Part] = {}
     for weight in weights(model):
-        forms |= _form(weight)
-    whole = {
+        forms |= _form(weight, whole.get(weight.name, weight.value).detach())
+    plain = {
         name: forms.get(name) or _to_numpy(tensor)
-        for name, tensor in effective_state(model).items()
+        for name, tensor in ({**effective_state(model), **whole}).items()
         if f"{_LEFT}{name}" not in forms
     }
-    return whole | {name: form for name, form in forms.items() if name not in whole}
+    return plain | {name: form for name, form in forms.items() if name not in plain}
 
 
-def _form(weight: Weight) -> dict[str, Part]:
+def _form(weight: Weight, value: Tensor) -> dict[str, Part]:
     """What stands for a weight in a file, by its encoding; nothing for plain numbers."""
-    name, value = weight.name, weight.value.detach()
+    name = weight.name
     if (codebook := encoding_of(weight, Codebook)) is not None:
-        return {name: _coded(codebook, original_of(weight), value)}
+        return _coded(name, value, codebook, original_of(weight))
     if encoding_of(weight, IntegerGrid) is not None:
         return {name: _few_values(value)}
-    if (grid := _grid_of(weight)) is not None:
+    if (grid := _grid_of(weight, value)) is not None:
         integers = _few_values(grid.integers(value))
         return {name: integers, f"{_SCALES}{name}": _to_numpy(grid.step.flatten())}
     if (binary := encoding_of(weight, Binary)) is not None:
         return _signs(name, value, binary)
-    if (pair := _factors_in(weight)) is not None:
+    if (pair := _factors_in(weight, value)) is not None:
         sides = zip((_LEFT, _RIGHT), pair, strict=True)
         return {f"{side}{name}": _to_numpy(factor) for side, factor in sides}
     return {}
@@ -78,44 +86,47 @@ def _signs(name: str, value: Tensor, binary: Binary) -> dict[str, Part]:
         return {name: _few_values(value)}
     scale = value.abs().flatten(1).amax(1)
     divisor = torch.where(scale == 0, 1.0, scale)  # a mask around it may have taken a whole filter
-    signs = _few_values(value / divisor.view(-1, *[1] * (value.ndim - 1)))
-    return {name: signs, f"{_SCALES}{name}": _to_numpy(scale)}
+    signs = value / divisor.view(-1, *[1] * (value.ndim - 1))
+    if not torch.equal(signs, signs.sign()):
+        return {}
+    return {name: _few_values(signs), f"{_SCALES}{name}": _to_numpy(scale)}
 
 
-def _factors_in(weight: Weight) -> tuple[Tensor, Tensor] | None:
+def _factors_in(weight: Weight, value: Tensor) -> tuple[Tensor, Tensor] | None:
     """The factors of which a weight is the product; None also where a mask around it zeroes entries."""
     encoding = encoding_of(weight, LowRank)
     if encoding is None:
         return None
     original = original_of(weight).detach()
-    same = torch.equal(encoding(original), weight.value.detach())
-    return encoding.factors(original) if same else None
+    return encoding.factors(original) if torch.equal(encoding(original), value) else None
 
 
-def _grid_of(weight: Weight) -> StepGrid | None:
+def _grid_of(weight: Weight, value: Tensor) -> StepGrid | None:
     """The grid on which a weight lies; None also where something around it holds entries elsewhere."""
     grid = encoding_of(weight, StepGrid)
     if grid is None:
         return None
-    value = weight.value.detach()
     return grid if torch.equal(grid.integers(value) * grid.step, value) else None
 
 
-def bits_of_grids(model: nn.Module) -> dict[str, int]:
-    """The weights that are integers in a file, and of how many bits."""
-    found = ((weight.name, _grid_of(weight)) for weight in weights(model))
+def bits_of_grids(model: nn.Module, whole: Mapping[str, Tensor] | None = None) -> dict[str, int]:
+    """The weights that are integers in a file, and of how many bits; the arguments are those of ``parts``."""
+    values = {w.name: (whole or {}).get(w.name, w.value).detach() for w in weights(model)}
+    found = ((weight.name, _grid_of(weight, values[weight.name])) for weight in weights(model))
     return {name: grid.bits for name, grid in found if grid is not None}
 
 
-def _coded(codebook: Codebook, centroids: Tensor, value: Tensor) -> Coded:
+def _coded(name: str, value: Tensor, codebook: Codebook, centroids: Tensor) -> dict[str, Part]:
     codes, table = codebook.table(centroids.detach())
     if bool(((value == 0) & (table[codes.long()] != 0)).any()):  # a mask lies around the codebook
         codes, table = (
             torch.where(value == 0, 0, codebook.codes),
             torch.cat([table.new_zeros(1), centroids.detach()]),
         )
+    if not torch.equal(table[codes.long()], value):  # what several tasks share is of other values
+        return {}
     narrow = np.uint8 if len(table) <= 256 else np.uint16
-    return Coded(codes.cpu().numpy().astype(narrow), table.float().cpu().numpy())
+    return {name: Coded(codes.cpu().numpy().astype(narrow), table.float().cpu().numpy())}
 
 
 def _few_values(value: Tensor) -> Coded:

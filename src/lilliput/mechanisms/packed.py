@@ -40,18 +40,9 @@ def describe(pack: Pack) -> dict[str, Any]:
     }
 
 
-def parts(pack: Pack, state: dict[str, Tensor]) -> dict[str, np.ndarray | Coded]:
-    """The tensors of a pack, but for those that the network as it is has too.
-
-    Args:
-        pack: of a network.
-        state: its effective tensors; weights that are no others than these are left to the caller.
-    """
-    found: dict[str, np.ndarray | Coded] = {
-        name: _array(weight)
-        for name, weight in pack.weights.items()
-        if not torch.equal(weight, state[name])
-    }
+def parts(pack: Pack) -> dict[str, np.ndarray | Coded]:
+    """The tensors of a pack beside the weights that its tasks share."""
+    found: dict[str, np.ndarray | Coded] = {}
     for name, owner in pack.owners.items():
         found[f"{_PREFIX}owners/{name}"] = _coded(owner)
     for number, task in enumerate(pack.tasks, 1):
