@@ -27,7 +27,7 @@ from lilliput.engine.recipes import build_task
 
 HERE = Path(__file__).resolve().parent
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
-EPOCHS = 20
+EPOCHS = 10
 TEACHER = {"method": "soft_targets", "teacher": "original", "temperature": 4}
 #: What acts at a sparsity; magnitudes of all layers are ranked together where a method allows it.
 METHODS: dict[str, Any] = {
