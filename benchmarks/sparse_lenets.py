@@ -94,14 +94,18 @@ def start(network: str, seed: int, work: Path) -> Trained:
     """The dense network of a seed."""
     fresh = seeded(lambda: registry.load("architecture", network)(), seed)
     plan = [Stage(train=train(EPOCHS[network][0]))]
-    return trained(fresh, task(network), plan, directory=named(work, network, seed, "start"), seed=seed)
+    return trained(
+        fresh, task(network), plan, directory=named(work, network, seed, "start"), seed=seed
+    )
 
 
 def do(job: Row, network: str, work: Path) -> Row:
     row, seed = job["row"], job["seed"]
     dense = start(network, seed, work).model
     stage = Stage(methods=rows(network)[row], train=train(EPOCHS[network][1]))
-    found = compress(dense, task(network), [stage], directory=named(work, network, seed, row), seed=seed)
+    found = compress(
+        dense, task(network), [stage], directory=named(work, network, seed, row), seed=seed
+    )
     kept = ("score", "validation", "parameters", "nonzeros", "bytes", "entropy_bytes")
     weights = {
         w.layer: int(w.value.count_nonzero()) / w.value.numel()
