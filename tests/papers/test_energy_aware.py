@@ -182,3 +182,12 @@ def test_rounds_and_retraining() -> None:
 def test_layers_whose_inputs_cannot_be_seen() -> None:
     with pytest.raises(InputError, match="'!rnn'"):
         EnergyAware(sparsity=0.5).check(nn.ModuleDict({"rnn": nn.LSTM(3, 3)}))
+
+
+def test_products_are_charged_once_to_the_layer_whose_weights_they_read() -> None:
+    """Whatever holds several weights, and whoever calls them."""
+    products = AccessTable("nothing moves", 1.0, 0.0, 0.0, 0.0, 0.0)
+    lstm = nn.LSTM(3, 4, num_layers=2)
+    assert layer_energies(lstm, torch.zeros(5, 2, 3), products) == {"": 10 * 16 * (3 + 4 + 4 + 4)}
+    attention, x = nn.MultiheadAttention(4, 2, batch_first=True), torch.zeros(1, 5, 4)
+    assert layer_energies(attention, (x, x, x), products) == {"": 3 * 5 * 16, "out_proj": 5 * 16}

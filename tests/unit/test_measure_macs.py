@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from lilliput.errors import InputError, ModelMismatch, UnknownName
 from lilliput.measure.energy import HOROWITZ_45NM, energy
-from lilliput.measure.macs import macs
+from lilliput.measure.macs import _FORMULAS, macs
 
 
 class Matmul(nn.Module):
@@ -118,6 +118,36 @@ def test_lstm_in_both_directions_and_gru() -> None:
     assert macs(lstm, x).total == 2 * steps * batch * 4 * hidden * (width + hidden)
     gru = nn.GRU(width, hidden)
     assert macs(gru, x).total == steps * batch * 3 * hidden * (width + hidden)
+
+
+def test_cudnn_counts_what_the_processor_counts() -> None:
+    """A GPU runs all layers and directions as one operator; its formula sees shapes only."""
+    lstm = nn.LSTM(4, 6, num_layers=2, bidirectional=True)
+    shapes = [p.shape for p in lstm.parameters()]
+    flops = _FORMULAS[torch.ops.aten._cudnn_rnn]((5, 3, 4), shapes, 4, None)
+    assert flops == 2 * macs(lstm, torch.zeros(5, 3, 4)).total
+
+
+def test_bilinear_has_a_product_an_entry_of_its_weight() -> None:
+    result = macs(nn.Bilinear(3, 4, 5), (torch.zeros(2, 3), torch.zeros(2, 4)))
+    assert result.total == 2 * 3 * 4 * 5
+    assert "aten._trilinear" not in result.uncounted
+
+
+def test_each_weight_has_its_own_share() -> None:
+    lstm = nn.LSTM(3, 4)
+    with torch.no_grad():
+        lstm.weight_hh_l0[:8] = 0.0
+    found = macs(lstm, torch.zeros(5, 2, 3)).sparse_by_weight
+    assert found == {"weight_ih_l0": 10 * 16 * 3, "weight_hh_l0": 10 * 8 * 4}
+    attention = nn.MultiheadAttention(4, 1, kdim=3, vdim=6, batch_first=True)
+    query, key, value = torch.zeros(1, 5, 4), torch.zeros(1, 7, 3), torch.zeros(1, 7, 6)
+    assert macs(attention, (query, key, value)).sparse_by_weight == {
+        "q_proj_weight": 5 * 16,
+        "k_proj_weight": 7 * 12,
+        "v_proj_weight": 7 * 24,
+        "out_proj.weight": 5 * 16,
+    }
 
 
 def test_sparse_macs_of_a_parametrized_lstm() -> None:

@@ -175,22 +175,21 @@ def layer_energies(
         table: the energies.
 
     Returns:
-        By name of the layers with weights, in the model's order. A layer that is not called costs only its
-        weights.
+        By name of the layers with weights, in the model's order. What goes in and out is seen where a module
+        is called: a layer whose weights another module reads (the output projection of torch's attention)
+        costs its products and its weights, one that nobody reads its weights only.
 
     Example:
         >>> import torch
         >>> layer_energies(nn.Linear(10, 10, bias=False), torch.zeros(1, 10))  # 100 * 4 + 120 * 208
         {'': 25360.0}
     """
-    work, moved = macs(model, example_inputs), _moved(model, example_inputs)
-    way = table.dram + table.buffer + table.array
+    work, moved = macs(model, example_inputs).sparse_by_weight, _moved(model, example_inputs)
+    way, product = table.dram + table.buffer + table.array, table.mac + 3 * table.register
     found: dict[str, float] = {}
     for weight in weights(model):
-        value = weight.value.detach()
-        nonzeros = int(value.count_nonzero())
-        products = work.by_module.get(weight.layer, 0) * nonzeros / value.numel()
-        energy = products * (table.mac + 3 * table.register) + nonzeros * way
+        nonzeros = int(weight.value.detach().count_nonzero())
+        energy = work.get(weight.name, 0) * product + nonzeros * way
         found[weight.layer] = found.get(weight.layer, moved.get(weight.layer, 0) * way) + energy
     return found
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,9 @@ class Macs:
             that read no weight (attention scores, say) count in full.
         by_module: MACs by module name; a module's figure leaves out its children's, so the
             figures add up to ``total``. ``""`` is the model's own ``forward``.
+        sparse_by_weight: of ``sparse_macs`` those with each weight, by its name in ``state_dict``. Where
+            one operator reads several weights, each has its share of them by its elements: in an LSTM
+            that is exact.
         uncounted: operators that compute something and have no formula, with their number of calls.
             Views and data movement are not listed.
     """
@@ -49,6 +52,7 @@ class Macs:
     total: int
     sparse_macs: int
     by_module: Mapping[str, int]
+    sparse_by_weight: Mapping[str, int]
     uncounted: Mapping[str, int]
 
 
@@ -82,7 +86,8 @@ def macs(model: nn.Module, example_inputs: Inputs) -> Macs:
             stack.callback(after.remove)
         with tally.counter, tally:
             call(model, example_inputs)
-    return Macs(sum(tally.by_module.values()), tally.sparse, tally.by_module, tally.uncounted)
+    total = sum(tally.by_module.values())
+    return Macs(total, tally.sparse, tally.by_module, tally.by_weight, tally.uncounted)
 
 
 def bind(model: nn.Module, example_inputs: Inputs) -> Callable[[], Any]:
@@ -182,12 +187,13 @@ class _Tally(TorchDispatchMode):
     it on to the others.
     """
 
-    def __init__(self, weights: Mapping[int, tuple[int, int]]) -> None:
+    def __init__(self, weights: Mapping[int, list[_Filled]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
         self.weights = weights
         self.running = [""]
         self.by_module: Counter[str] = Counter()
+        self.by_weight: Counter[str] = Counter()
         self.uncounted: Counter[str] = Counter()
         self.sparse = 0
 
@@ -205,34 +211,45 @@ class _Tally(TorchDispatchMode):
         count = (self.counter.get_total_flops() - before) // 2
         if count:
             self.by_module[self.running[-1]] += count
-            self.sparse += self._nonzero_share(count, args)
+            self.sparse += self._without_zeros(count, args)
         elif not _only_moves(func):
             self.uncounted[str(func.overloadpacket)] += 1
         return output
 
-    def _nonzero_share(self, count: int, args: tuple[Any, ...]) -> int:
+    def _without_zeros(self, count: int, args: tuple[Any, ...]) -> int:
+        """What is left of an operator's MACs without the zeros of the weights that it reads."""
         pointers = {leaf.untyped_storage().data_ptr() for leaf in strided_tensors(args)}
-        read = [self.weights[pointer] for pointer in pointers if pointer in self.weights]
+        read = [weight for pointer in pointers for weight in self.weights.get(pointer, ())]
         if not read:
             return count
-        nonzeros, elements = map(sum, zip(*read, strict=True))
-        return count * nonzeros // elements
+        elements = sum(weight.elements for weight in read)
+        for weight in read:
+            self.by_weight[weight.name] += count * weight.nonzeros // elements
+        return count * sum(weight.nonzeros for weight in read) // elements
 
 
-def _weights(model: nn.Module) -> dict[int, tuple[int, int]]:
-    """Map a storage's address to the non-zeros and elements of the weights in it.
+class _Filled(NamedTuple):
+    """A weight, as the tally knows it."""
+
+    name: str
+    nonzeros: int
+    elements: int
+
+
+def _weights(model: nn.Module) -> dict[int, list[_Filled]]:
+    """Map a storage's address to the weights in it.
 
     By address, since an operator sees a transposed view of the weight and not the parameter.
     Biases are left out: they ride along in the same operator and cost no MAC.
     """
-    found: dict[int, tuple[int, int]] = {}
-    distinct = {(w.data_ptr(), w.shape): w for w in effective_state(model).values()}
-    for weight in distinct.values():
-        if weight.dim() >= 2 and weight.numel():
-            pointer = weight.untyped_storage().data_ptr()
-            nonzeros, elements = found.get(pointer, (0, 0))
-            nonzeros += int(torch.count_nonzero(weight))
-            found[pointer] = (nonzeros, elements + weight.numel())
+    found: dict[int, list[_Filled]] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, weight in effective_state(model).items():
+        key = weight.data_ptr(), weight.shape
+        if weight.dim() >= 2 and weight.numel() and key not in seen:
+            seen.add(key)
+            filled = _Filled(name, int(torch.count_nonzero(weight)), weight.numel())
+            found.setdefault(weight.untyped_storage().data_ptr(), []).append(filled)
     return found
 
 
@@ -282,11 +299,23 @@ def _recurrent_flops(inputs: Any, w_input: Any, w_hidden: Any, *rest: Any, **opt
     return int(2 * inputs[0] * inputs[1] * (prod(w_input) + prod(w_hidden)))
 
 
-# Torch's table has no entry for these, and its CPU backend runs attention and LSTMs through them.
+def _packed_recurrent_flops(inputs: Any, parameters: Any, *rest: Any, **options: Any) -> int:
+    """All layers and directions of cuDNN's LSTM or GRU; biases are no matrices."""
+    return int(2 * prod(inputs[:-1]) * sum(prod(p) for p in parameters if len(p) == 2))
+
+
+def _trilinear_flops(left: Any, weight: Any, right: Any, *rest: Any, **options: Any) -> int:
+    """``nn.Bilinear``: one product an entry of the weight; the sums over one side's inputs are left out."""
+    return int(2 * left[0] * prod(weight))
+
+
+# Torch's table has no entry for these, and its backends run attention, LSTMs and ``Bilinear`` through them.
 _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten.dot: _dot_flops,
     torch.ops.aten.mv: _dot_flops,
     torch.ops.aten.addmv: _addmv_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops,
+    torch.ops.aten._cudnn_rnn: _packed_recurrent_flops,
+    torch.ops.aten._trilinear: _trilinear_flops,
 }
