@@ -112,6 +112,19 @@ def test_a_pair_is_what_its_target_says() -> None:
     assert (pairs[:, 0] != pairs[:, 1]).all()
 
 
+def test_every_partner_is_as_likely() -> None:
+    labels = torch.tensor([2, 0, 0, 1, 0, 1, 2])  # persons lie in no order
+    pairs, same = draw_pairs(labels, 3000, seed=1)
+    for alike in (1, 0):
+        counts = torch.zeros(7, 7)
+        counts.index_put_(tuple(pairs[same == alike].T), torch.ones(1), accumulate=True)
+        possible = (labels[:, None] == labels) == bool(alike)
+        possible &= ~torch.eye(7, dtype=torch.bool)
+        expected = 3000 * possible / possible.sum(1, keepdim=True)
+        assert (counts[~possible] == 0).all()
+        assert ((counts - expected)[possible].abs() < 5 * expected[possible].sqrt()).all()
+
+
 def test_persons_are_named_and_scored_on_pairs() -> None:
     task = face_pairs(learn="persons", batch_size=16)
     batch: Any = next(iter(task.train))
@@ -123,7 +136,7 @@ def test_persons_are_named_and_scored_on_pairs() -> None:
 
 def test_drawn_faces_are_told_by_their_pixels_better_than_by_chance() -> None:
     task = face_pairs(measure="equal_error_rate")
-    assert 55 < evaluate(nn.Flatten(), task.validation, task.score) < 95
+    assert 55 < evaluate(nn.Flatten(), task.train, task.score) < 95
 
 
 def write(folder: Path, persons: int, pictures: int) -> None:

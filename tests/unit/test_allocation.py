@@ -15,8 +15,10 @@ from lilliput import Stage, Task, Train
 from lilliput.core.select import select
 from lilliput.errors import InputError
 from lilliput.measure import layer_energies
+from lilliput.measure.sensitivity import sensitivity
 from lilliput.methods import EnergyAware, Gradual, Magnitude, Surgeon, TargetedDropout
 from lilliput.methods.prune._allocation import equal_loss, erdos_renyi
+from lilliput.testing import NETWORKS
 
 SHAPES = st.lists(
     st.lists(st.integers(1, 200), min_size=2, max_size=4).map(tuple), min_size=1, max_size=8
@@ -140,3 +142,12 @@ def test_settings_that_contradict_each_other() -> None:
         Magnitude(sparsity=0.5, scope="global", allocation="erk")
     with pytest.raises(InputError, match="ranks all layers together"):
         Surgeon(sparsity=0.5, curvature="network", allocation="erk")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"sparsities": [1.0]}, {"bits": [0]}, {"limit": 0}], ids=lambda w: next(iter(w))
+)
+def test_a_scan_refuses_what_it_cannot_do(wrong: dict[str, Any]) -> None:
+    network = NETWORKS[0]
+    with pytest.raises(InputError, match="sensitivity"):
+        sensitivity(network.build(), network.task(), **wrong)

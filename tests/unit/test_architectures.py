@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -168,8 +169,30 @@ def test_mlp_of_any_widths() -> None:
     widths = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
     assert widths == [(6, 4), (4, 3), (3, 2), (2, 5)]
     assert model(torch.zeros(2, 2, 3)).shape == (2, 5)
-    with pytest.raises(InputError, match=r"hidden=\[4, 0\]"):
+    with pytest.raises(InputError, match=r"hidden\[1\]=0"):
         mlp([4, 0])
+
+
+#: What may be 0, or be no count although its default is a whole number.
+ZERO_IS_FINE = {"pairs", "incr_e"}
+
+
+def wrong_settings() -> list[tuple[str, str, float]]:
+    """Every count of every network as 0, and every dropout as 1.5."""
+    found = []
+    for name in entries("architecture"):
+        for setting in inspect.signature(load("architecture", name)).parameters.values():
+            if type(setting.default) is int and setting.name not in ZERO_IS_FINE:
+                found.append((name, setting.name, 0))
+            elif "dropout" in setting.name:
+                found.append((name, setting.name, 1.5))
+    return found
+
+
+@pytest.mark.parametrize(("name", "setting", "value"), wrong_settings())
+def test_a_network_that_cannot_be_is_refused(name: str, setting: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"{setting}={value}"):
+        load("architecture", name)(**{setting: value})
 
 
 def test_digits_cnn_grows_in_width_and_depth() -> None:

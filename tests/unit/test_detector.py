@@ -60,6 +60,27 @@ def images(count: int = 2) -> Tensor:
     return torch.randn(count, 3, *SIZE, generator=torch.Generator().manual_seed(1))
 
 
+def test_as_many_boxes_as_were_asked_for() -> None:
+    """However few the defaults look at."""
+    net = small(proposals=600)
+    assert net.propose(torch.zeros(1, 3, 128, 160)).boxes.shape == (1, 600, 4)
+    corners = torch.cartesian_prod(torch.arange(25.0), torch.arange(20.0)) * 4
+    boxes = torch.cat([corners, corners + 3], 1)[None]
+    logits = torch.tensor([0.0, 9.0]).expand(1, 500, 2)
+    proposed = Proposed(None, boxes[0], torch.zeros(1, 500), torch.zeros(1, 500, 4), boxes)
+    parts = Parts(proposed, Judged(logits, torch.zeros(1, 500, 1, 4)))
+    assert (detections(parts, (100, 100), most=450)[0, :, 5] == 1).all()
+
+
+def test_a_batch_without_boxes_or_without_detections_is_scored() -> None:
+    metric, box = MeanAveragePrecision(classes=1), torch.tensor([[[0.0, 0.0, 8.0, 8.0, 1.0, 0.0]]])
+    seen = torch.tensor([[[0.0, 0.0, 8.0, 8.0, 0.9, 1.0]]])
+    metric.update(seen, box)
+    metric.update(seen, torch.zeros(1, 0, 6))  # one in two detections is right, the first
+    metric.update(torch.zeros(1, 0, 6), box)  # one in two boxes is found
+    assert metric.compute() == 50.0
+
+
 class TestProposals:
     anchors = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [40, 40, 60, 60], [80, 50, 120, 90]])
 

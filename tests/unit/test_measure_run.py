@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lilliput.architectures.speech_lstm import SpeechLstm
 from lilliput.errors import InputError, ModelMismatch, UnknownName
 from lilliput.measure import latency, measure, memory
+from lilliput.measure.noise import layer_noise
+from lilliput.mechanisms.ranges import noise_ratio
 
 
 class Journal(nn.Module):
@@ -213,3 +216,11 @@ def test_the_ratio_of_a_model_to_itself_is_one() -> None:
     model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
     result = latency({"a": model, "b": model}, torch.zeros(8, 256), seconds=0.5)
     assert result.models["b"].ratio.median == pytest.approx(1.0, abs=0.15)
+
+
+def test_noise_of_recurrent_layers_is_that_of_their_outputs() -> None:
+    net, noisy, x = SpeechLstm(3, 4, 1, 2), SpeechLstm(3, 4, 1, 2), torch.randn(2, 5, 3)
+    found = layer_noise(noisy, net, x)
+    assert list(found) == ["lstm", "head"]
+    with torch.no_grad():
+        assert found["lstm"] == noise_ratio(net.lstm(x)[0], noisy.lstm(x)[0])

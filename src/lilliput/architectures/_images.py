@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, ModelMismatch
+from ..errors import ModelMismatch
 
 #: What to do where images are small and the network has the option.
 SMALL = "build it with small_images=True, which leaves out its first strides"
@@ -60,21 +60,3 @@ class ImageNetwork(nn.Module):
     def _name(self) -> str:
         built: dict[str, str] = getattr(self, "lilliput_origin", {})
         return built.get("architecture", type(self).__name__)
-
-
-def check_counts(network: str, **counts: int) -> None:
-    """Refuse a network in which a layer would have no channel.
-
-    Args:
-        network: for the error.
-        counts: channels, classes, units by name.
-
-    Raises:
-        InputError: one is below 1.
-
-    Example:
-        >>> check_counts("vgg16", classes=10)
-    """
-    for name, count in counts.items():
-        if count < 1:
-            raise InputError(f"{network}: {name}={count}: give at least 1.")

@@ -23,7 +23,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..core.registry import architecture
-from ._images import SMALL, ImageNetwork, check_counts
+from ._checks import check_counts, check_probabilities
+from ._images import SMALL, ImageNetwork
 from ._initialize import he_normal
 
 
@@ -52,7 +53,7 @@ def alexnet(
             pixels become 7x7. The parameters then are 32,256 fewer.
 
     Raises:
-        InputError: a count is below 1.
+        InputError: a count is below 1, or the dropout no probability below 1.
 
     Example:
         >>> net = alexnet(classes=10, hidden=64, small_images=True)
@@ -60,6 +61,7 @@ def alexnet(
         2301824
     """
     check_counts("alexnet", classes=classes, channels=channels, hidden=hidden)
+    check_probabilities("alexnet", dropout=dropout)
     first = (3, 1, 1) if small_images else (11, 4, 0)
     pool = [] if small_images else [nn.MaxPool2d(3, 2)]
     features = nn.Sequential(
@@ -93,6 +95,7 @@ def alexnet_owt(
         small_images: see :func:`alexnet`; the parameters then are 21,504 fewer.
     """
     check_counts("alexnet_owt", classes=classes, channels=channels, hidden=hidden)
+    check_probabilities("alexnet_owt", dropout=dropout)
     first = (3, 1, 1) if small_images else (11, 4, 2)
     pool = [] if small_images else [nn.MaxPool2d(3, 2)]
     features = nn.Sequential(

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from torch import nn
 
 from ..core.registry import architecture
-from ..errors import InputError
+from ._checks import check_counts
 from ._initialize import he_normal
 
 
@@ -30,14 +30,13 @@ def digits_cnn(classes: int = 10, width: int = 16, depth: int = 1) -> nn.Module:
             keep the number of channels, so that a deeper network can grow out of a shallower one.
 
     Raises:
-        InputError: the width or the depth is below 1.
+        InputError: a count is below 1.
 
     Example:
         >>> sum(p.numel() for p in digits_cnn().parameters())
         48938
     """
-    if width < 1 or depth < 1:
-        raise InputError(f"digits_cnn: width={width}, depth={depth}: give at least 1 of each.")
+    check_counts("digits_cnn", classes=classes, width=width, depth=depth)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for number, (before, after) in enumerate(
         [(1, width), (width, 2 * width), (2 * width, 4 * width)], 1

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from torch import nn
 
 from ..core.registry import architecture
+from ._checks import check_counts
 from ._initialize import caffe_xavier
 
 
@@ -27,10 +28,14 @@ def lenet_300_100(classes: int = 10) -> nn.Module:
     Args:
         classes: number of outputs.
 
+    Raises:
+        InputError: a count is below 1.
+
     Example:
         >>> sum(p.numel() for p in lenet_300_100().parameters())
         266610
     """
+    check_counts("lenet_300_100", classes=classes)
     network = nn.Sequential(
         OrderedDict(
             flatten=nn.Flatten(),

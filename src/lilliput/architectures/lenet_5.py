@@ -19,6 +19,7 @@ from collections import OrderedDict
 from torch import nn
 
 from ..core.registry import architecture
+from ._checks import check_counts
 from ._initialize import caffe_xavier
 
 
@@ -32,10 +33,14 @@ def lenet_5(classes: int = 10) -> nn.Module:
     Args:
         classes: number of outputs.
 
+    Raises:
+        InputError: a count is below 1.
+
     Example:
         >>> sum(p.numel() for p in lenet_5().parameters())
         431080
     """
+    check_counts("lenet_5", classes=classes)
     network = nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(1, 20, kernel_size=5),

@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..core.registry import architecture
+from ._checks import check_counts
 
 
 class LstmForecaster(nn.Module):
@@ -52,9 +53,15 @@ def lstm_forecaster(
         layers: of the LSTM, one on the other.
         horizon: hours to forecast.
 
+    Raises:
+        InputError: a count is below 1.
+
     Example:
         >>> import torch
         >>> lstm_forecaster(hidden=8)(torch.zeros(2, 168, 7)).shape
         torch.Size([2, 24, 7])
     """
+    check_counts(
+        "lstm_forecaster", features=features, hidden=hidden, layers=layers, horizon=horizon
+    )
     return LstmForecaster(features, hidden, layers, horizon)

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..core.registry import architecture
 from ..errors import InputError, UnknownName
+from ._checks import check_counts, check_probabilities
 from ._initialize import caffe_xavier
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -69,7 +70,9 @@ def mlp(
           (fc1): Linear(in_features=50, out_features=1200, bias=True)
         )
     """
-    _check([inputs, *hidden, classes], {"dropout": dropout, "input_dropout": input_dropout})
+    widths = {f"hidden[{place}]": units for place, units in enumerate(hidden)}
+    check_counts("mlp", inputs=inputs, classes=classes, **widths)
+    check_probabilities("mlp", dropout=dropout, input_dropout=input_dropout)
     if activation not in _ACTIVATIONS:
         raise UnknownName("activation", activation, _ACTIVATIONS)
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
@@ -96,13 +99,3 @@ def _bottleneck(inputs: int, hidden: Sequence[int], units: int) -> nn.Module:
             "layer to put it before."
         )
     return nn.Linear(inputs, units, bias=False)
-
-
-def _check(widths: Sequence[int], probabilities: dict[str, float]) -> None:
-    if min(widths) < 1:
-        raise InputError(
-            f"mlp: every layer needs a unit, and hidden={list(widths[1:-1])!r} does not."
-        )
-    for name, value in probabilities.items():
-        if not 0.0 <= value < 1.0:
-            raise InputError(f"mlp: {name}={value} is no probability below 1.")

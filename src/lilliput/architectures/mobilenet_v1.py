@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from ..core.registry import architecture
 from ..errors import InputError, UnknownName
-from ._images import SMALL, ImageNetwork, check_counts
+from ._checks import check_counts, check_probabilities
+from ._images import SMALL, ImageNetwork
 from ._initialize import he_normal
 
 #: Table 1 after the first convolution: filters of the pointwise convolution, stride of the depthwise one;
@@ -82,6 +83,7 @@ def mobilenet_v1(
         4231976
     """
     check_counts("mobilenet_v1", classes=classes, channels=channels)
+    check_probabilities("mobilenet_v1", dropout=dropout)
     if not 1 <= 32 * width < math.inf:
         raise InputError(
             f"mobilenet_v1: width={width} leaves the first convolution, of 32 filters, without any. Give at "

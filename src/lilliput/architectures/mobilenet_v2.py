@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from ..core.registry import architecture
 from ..errors import InputError
-from ._images import SMALL, ImageNetwork, check_counts
+from ._checks import check_counts, check_probabilities
+from ._images import SMALL, ImageNetwork
 from ._initialize import he_normal
 
 #: Table 2: expansion t, channels c, blocks n, stride s of the first.
@@ -78,6 +79,7 @@ def mobilenet_v2(
         3504872
     """
     check_counts("mobilenet_v2", classes=classes, channels=channels)
+    check_probabilities("mobilenet_v2", dropout=dropout)
     if not 0 < width < math.inf:
         raise InputError(f"mobilenet_v2: width={width} leaves no channels: give a positive number.")
     return _MobileNetV2(width, channels, classes, dropout, small_images)

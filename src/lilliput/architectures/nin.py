@@ -16,7 +16,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..core.registry import architecture
-from ._images import ImageNetwork, check_counts
+from ._checks import check_counts, check_probabilities
+from ._images import ImageNetwork
 from ._initialize import he_normal
 
 
@@ -33,13 +34,14 @@ def nin(classes: int = 10, channels: int = 3, dropout: float = 0.5) -> nn.Module
         dropout: probability after each pooling.
 
     Raises:
-        InputError: a count is below 1.
+        InputError: a count is below 1, or the dropout no probability below 1.
 
     Example:
         >>> sum(p.numel() for p in nin().parameters())
         966986
     """
     check_counts("nin", classes=classes, channels=channels)
+    check_probabilities("nin", dropout=dropout)
     return _NIN(classes, channels, dropout)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, pad, relu
 
 from ..core.registry import architecture
+from ._checks import check_counts
 from ._initialize import he_normal
 
 
@@ -24,7 +25,8 @@ def resnet8(classes: int = 10) -> nn.Module:
     """CIFAR ResNet with 1 block a group, 75,290 parameters.
 
     Input ``(N, 3, 32, 32)``, output logits ``(N, classes)``; 12.2 million multiply-adds a sample.
-    All counts in this file are for 10 classes.
+    All counts in this file are for 10 classes; fewer than 1 is an
+    :class:`~lilliput.errors.InputError`.
     """
     return _ResNet(8, classes)
 
@@ -126,6 +128,7 @@ class _ResNet(nn.Module):
 
     def __init__(self, depth: int, classes: int) -> None:
         super().__init__()
+        check_counts(f"resnet{depth}", classes=classes)
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)

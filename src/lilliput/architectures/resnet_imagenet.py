@@ -20,7 +20,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..core.registry import architecture
-from ._images import SMALL, ImageNetwork, check_counts
+from ._checks import check_counts
+from ._images import SMALL, ImageNetwork
 from ._initialize import he_normal
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..core.registry import architecture
+from ._checks import check_counts
 from ._initialize import he_normal
 
 
@@ -23,11 +24,15 @@ def speech_cnn(width: int = 32, classes: int = 10) -> nn.Module:
         width: channels of the first convolution; the next ones have twice and four times as many.
         classes: number of outputs.
 
+    Raises:
+        InputError: a count is below 1.
+
     Example:
         >>> import torch
         >>> speech_cnn(width=8)(torch.zeros(2, 63, 40)).shape
         torch.Size([2, 10])
     """
+    check_counts("speech_cnn", width=width, classes=classes)
     layers: list[nn.Module] = [nn.Unflatten(1, (1, -1))]
     before = 1
     for factor in (1, 2, 4):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..core.registry import architecture
+from ._checks import check_counts
 
 
 class SpeechLstm(nn.Module):
@@ -47,8 +48,12 @@ def speech_lstm(
         layers: of the LSTM, one on the other.
         classes: number of outputs.
 
+    Raises:
+        InputError: a count is below 1.
+
     Example:
         >>> sum(p.numel() for p in speech_lstm().parameters())
         88330
     """
+    check_counts("speech_lstm", bands=bands, hidden=hidden, layers=layers, classes=classes)
     return SpeechLstm(bands, hidden, layers, classes)

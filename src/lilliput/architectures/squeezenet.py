@@ -39,7 +39,8 @@ from torch import Tensor, nn
 
 from ..core.registry import architecture
 from ..errors import InputError, UnknownName
-from ._images import SMALL, ImageNetwork, check_counts
+from ._checks import check_counts, check_probabilities
+from ._images import SMALL, ImageNetwork
 from ._initialize import he_normal
 
 _BYPASSES = ("none", "simple", "complex")
@@ -194,6 +195,7 @@ class _SqueezeNet(ImageNetwork):
         if bypass not in _BYPASSES:
             raise UnknownName("bypass of SqueezeNet", bypass, _BYPASSES)
         check_counts("squeezenet", classes=classes, channels=channels)
+        check_probabilities("squeezenet", dropout=dropout)
         super().__init__(channels, *((4, "") if small_images else (stem.smallest, SMALL)))
         self.features = nn.Sequential(
             *_first(stem, channels, small_images), *_body(stem, fires, bypass, small_images)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core.registry import architecture
 from ..errors import InputError, ModelMismatch
+from ._checks import check_counts
 from ._lookup import LARGEST, Lookup
 
 _DEEPEST = 12
@@ -114,10 +115,7 @@ def tree_ensemble(
         >>> tree_ensemble(features=3, trees=2)(torch.zeros(4, 3)).shape
         torch.Size([4, 1])
     """
-    counts = {"features": features, "outputs": outputs, "trees": trees, "depth": depth}
-    for name, value in counts.items():
-        if value < 1:
-            raise InputError(f"tree_ensemble: {name}={value}: give at least 1.")
+    check_counts("tree_ensemble", features=features, outputs=outputs, trees=trees, depth=depth)
     if depth > _DEEPEST:
         raise InputError(
             f"tree_ensemble: depth={depth}: a tree is laid out whole, so that is {2**depth:,} leaves for "

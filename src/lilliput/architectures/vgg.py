@@ -19,7 +19,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..core.registry import architecture
-from ._images import ImageNetwork, check_counts
+from ._checks import check_counts, check_probabilities
+from ._images import ImageNetwork
 from ._initialize import he_normal
 
 #: Configuration D: widths of the convolutions up to each pooling.
@@ -48,13 +49,14 @@ def vgg16(
         dropout: probability before the last two linear layers.
 
     Raises:
-        InputError: a count is below 1.
+        InputError: a count is below 1, or the dropout no probability below 1.
 
     Example:
         >>> sum(p.numel() for p in vgg16(hidden=1).features.parameters())
         14714688
     """
     check_counts("vgg16", classes=classes, channels=channels, hidden=hidden)
+    check_probabilities("vgg16", dropout=dropout)
     classifier = nn.Sequential(
         nn.Linear(512 * 7 * 7, hidden), nn.ReLU(), nn.Dropout(dropout),
         nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(dropout),
@@ -79,13 +81,14 @@ def vgg16_cifar(
         dropout: probability before the last linear layer.
 
     Raises:
-        InputError: a count is below 1.
+        InputError: a count is below 1, or the dropout no probability below 1.
 
     Example:
         >>> sum(p.numel() for p in vgg16_cifar().parameters())
         14991946
     """
     check_counts("vgg16_cifar", classes=classes, channels=channels, hidden=hidden)
+    check_probabilities("vgg16_cifar", dropout=dropout)
     classifier = nn.Sequential(
         nn.Linear(512, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout),
         nn.Linear(hidden, classes),

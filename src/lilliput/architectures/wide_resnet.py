@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..core.registry import architecture
 from ..errors import InputError
-from ._images import ImageNetwork, check_counts
+from ._checks import check_counts, check_probabilities
+from ._images import ImageNetwork
 from ._initialize import he_normal
 
 
@@ -47,6 +48,7 @@ def wide_resnet(
         175066
     """
     check_counts("wide_resnet", width=width, classes=classes, channels=channels)
+    check_probabilities("wide_resnet", dropout=dropout)
     if depth < 10 or depth % 6 != 4:
         near = 6 * max(1, round((depth - 4) / 6)) + 4
         raise InputError(f"wide_resnet: depth={depth} is not 6n + 4 with n > 0; {near} is.")

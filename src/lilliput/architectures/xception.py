@@ -19,7 +19,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..core.registry import architecture
-from ._images import SMALL, ImageNetwork, check_counts
+from ._checks import check_counts, check_probabilities
+from ._images import SMALL, ImageNetwork
 from ._initialize import he_normal
 
 
@@ -45,13 +46,14 @@ def xception(
             their shapes.
 
     Raises:
-        InputError: a count is below 1.
+        InputError: a count is below 1, or the dropout no probability below 1.
 
     Example:
         >>> sum(p.numel() for p in xception().parameters())
         22855952
     """
     check_counts("xception", classes=classes, channels=channels, middle=middle)
+    check_probabilities("xception", dropout=dropout)
     return _Xception(classes, channels, middle, dropout, small_images)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lilliput.core.select import weights
 from lilliput.core.task import answer
-from lilliput.measure.macs import Inputs, undisturbed, unfused
+from lilliput.measure.macs import Inputs, strided_tensors, undisturbed, unfused
 from lilliput.mechanisms.ranges import noise_ratio
 
 
@@ -27,6 +27,7 @@ def layer_noise(model: nn.Module, reference: nn.Module, inputs: Inputs) -> dict[
 
     Returns:
         Layer -> decibels, in the order of the calls; layers whose outputs have other shapes are left out.
+        Of a layer that answers with several tensors, as a recurrent one does, it is the first.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3))
@@ -46,8 +47,9 @@ def _outputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def see(name: str, module: nn.Module, given: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            found[name] = output.clone()
+        first = next(iter(strided_tensors(output)), None)
+        if first is not None:
+            found[name] = first.clone()
 
     layers = {weight.layer: weight.module for weight in weights(model)}
     handles = [m.register_forward_hook(partial(see, n)) for n, m in layers.items()]

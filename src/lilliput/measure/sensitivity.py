@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..core.select import Weight, example_device, select
 from ..core.task import Task, evaluate
 from ..core.types import Layers
+from ..errors import InputError
 from ..mechanisms.encodings import Codebook, original_of, strip
 from ..mechanisms.ranking import keep_largest
 
@@ -84,8 +85,10 @@ def sensitivity(
         The scores. The cost is one evaluation for each layer and amount.
 
     Raises:
+        InputError: a sparsity is not in [0, 1), bits are not from 1 to 16, or the limit is below 1.
         NothingMatched: the pattern covers no layer.
     """
+    _check(sparsities, bits, limit)
     probe = copy.deepcopy(model)
     batches = list(itertools.islice(iter(task.validation), limit))
     device = example_device(model)
@@ -98,6 +101,15 @@ def sensitivity(
         strip(weight)
     rows = [row for weight in chosen for row in _scan(weight, sparsities, bits, score)]
     return Sensitivity(score(), task.score_name, rows)
+
+
+def _check(sparsities: Sequence[float], bits: Sequence[int], limit: int | None) -> None:
+    wrong = [s for s in sparsities if not 0 <= s < 1] + [b for b in bits if not 1 <= b <= 16]
+    if wrong or (limit is not None and limit < 1):
+        raise InputError(
+            f"sensitivity: sparsities={list(sparsities)}, bits={list(bits)}, limit={limit}: give sparsities "
+            "of at least 0 and below 1, bits from 1 to 16, and at least 1 batch."
+        )
 
 
 def _scan(

@@ -121,14 +121,14 @@ def promising(
         objectness: logits, ``(batch, anchors)``.
         shifts: ``(batch, anchors, 4)``.
         size: height and width of the images.
-        before: anchors with the highest objectness that are looked at.
+        before: anchors with the highest objectness that are looked at; never fewer than ``after``.
         after: proposals. Where fewer outlast the suppression, suppressed ones fill up behind them.
         overlap: intersection over union above which the less promising of two boxes is suppressed.
 
     Returns:
         ``(batch, after, 4)``, without a gradient.
     """
-    best = objectness.detach().topk(min(before, len(anchors)), dim=1).indices
+    best = objectness.detach().topk(min(max(before, after), len(anchors)), dim=1).indices
     boxes = clip(decode(_take(shifts.detach(), best), anchors[best]), *size)
     stay = suppress(boxes, overlap)
     # Those that stay come first, and each part keeps its order.
@@ -153,7 +153,7 @@ def detections(
         most: objects of an image.
         least: scores below it are nothing.
         overlap: intersection over union above which the less probable of two boxes of a class goes.
-        before: candidates, pairs of a proposal and a class, that are looked at.
+        before: candidates, pairs of a proposal and a class, that are looked at; never fewer than ``most``.
 
     Returns:
         ``(batch, most, 6)``: box, probability and class (from 1) of each, the most probable first; rows of
@@ -163,7 +163,7 @@ def detections(
     scores = logits.softmax(-1)[..., 1:]
     boxes = clip(decode(shifts, parts.proposed.boxes[:, :, None], DEVIATION), *size).flatten(1, 2)
     labels = torch.arange(1, scores.shape[2] + 1, device=scores.device).expand_as(scores).flatten(1)
-    scores, best = scores.flatten(1).topk(min(before, labels.shape[1]), dim=1)
+    scores, best = scores.flatten(1).topk(min(max(before, most), labels.shape[1]), dim=1)
     boxes, labels = _take(boxes, best), labels.gather(1, best)
     seen = suppress(boxes, overlap, labels) & (scores >= least)
     scores, order = (scores * seen).topk(min(most, seen.shape[1]), dim=1)

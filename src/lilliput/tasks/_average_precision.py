@@ -7,6 +7,7 @@ International Journal of Computer Vision 2010; doi 10.1007/s11263-009-0275-4)
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
@@ -63,7 +64,10 @@ class MeanAveragePrecision:
             ValueError: these are no such tensors.
         """
         _check(output, target)
-        output, target = output.detach().float().cpu(), target.detach().float().cpu()
+        # A row of zeros is no box, and spares the maxima below from looking for one among none.
+        output, target = (
+            F.pad(rows.detach().float().cpu(), (0, 0, 0, 1)) for rows in (output, target)
+        )
         right, excused = _judge(output, target, self.overlap)
         counted = (output[..., 5] > 0) & ~excused
         told = torch.stack([output[..., 4], output[..., 5], right.float()], -1)

@@ -8,7 +8,6 @@ compressed, and trained on as a Siamese one.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ def face_pairs(
     Persons are split with a fixed seed into those of training, of validation and of test, so that a score is
     about strangers. A batch of pairs is ``(2 pairs, channels, size, size)``, rows 2k and 2k + 1 being pair k,
     with the target 1 for the same person and 0 for two: any network for single images will do, and its
-    output is the embedding. Each picture stands in as many pairs of one kind as of the other.
+    output is the embedding. Each picture begins as many pairs of one kind as of the other.
 
     Args:
         learn: ``"pairs"``, by the contrastive loss; ``"persons"``, by naming the person of single pictures:
@@ -110,16 +109,30 @@ def draw_pairs(labels: Tensor, each: int, seed: int) -> tuple[Tensor, Tensor]:
     """
     generator = torch.Generator().manual_seed(seed)
     begin = torch.arange(len(labels)).repeat_interleave(each)
-    alike = labels[begin][:, None] == labels[None]
-    alike[torch.arange(len(begin)), begin] = False  # a picture is no partner of itself
-    other = labels[begin][:, None] != labels[None]
-    ends = [
-        torch.multinomial(kind.float(), 1, generator=generator)[:, 0] for kind in (alike, other)
-    ]
+    ends = _partners(labels, begin, generator)
     pairs = torch.stack([torch.cat([begin, begin]), torch.cat(ends)], 1)
     same = torch.tensor([1, 0]).repeat_interleave(len(begin))
     order = torch.randperm(len(pairs), generator=generator)
     return pairs[order], same[order]
+
+
+def _partners(labels: Tensor, begin: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """For each of the pictures ``begin`` another one of the same person, and one of somebody else.
+
+    Pictures in the order of their persons: those of one person are a run, and a partner is a step
+    along it, or a step from its end round to its beginning.
+    """
+    ordered = labels.argsort(stable=True)
+    place = ordered.argsort()[begin]
+    _, person, counts = labels.unique(return_inverse=True, return_counts=True)
+    count = counts[person[begin]]
+    start = (counts.cumsum(0) - counts)[person[begin]]
+    chance = torch.rand(2, len(begin), generator=generator, dtype=torch.float64)
+    own = 1 + (chance[0] * (count - 1)).long()
+    strange = (chance[1] * (len(labels) - count)).long()
+    alike = start + (place - start + own) % count
+    other = (start + count + strange) % len(labels)
+    return ordered[alike], ordered[other]
 
 
 def _with_partners(images: Images) -> Images:
@@ -152,8 +165,12 @@ def _pairs(images: Images, each: int, size: int, *, shuffle: bool) -> ArrayBatch
     """Pairs as numbers of pictures, which are looked up a batch at a time."""
     pairs, same = draw_pairs(images.labels, each, mix("pairs", len(images.labels)))
 
-    def look_up(numbers: Tensor) -> Any:
-        return _normalized(images.inputs.to(numbers.device)[numbers.flatten()])
+    @functools.cache
+    def pictures(device: torch.device) -> Tensor:
+        return images.inputs.to(device)
+
+    def look_up(numbers: Tensor) -> Tensor:
+        return _normalized(pictures(numbers.device)[numbers.flatten()])
 
     return ArrayBatches(pairs, same, size, shuffle=shuffle, prepare=look_up)
 
