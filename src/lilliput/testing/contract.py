@@ -11,6 +11,7 @@ import doctest
 import functools
 import importlib
 import inspect
+import itertools
 import math
 import shutil
 import zlib
@@ -230,12 +231,18 @@ class MethodContract:
     def test_same_seed_same_result(
         self, method: Method, network: TinyNetwork, tmp_path_factory: Any
     ) -> None:
-        """Weights, metrics and file are the same, bit for bit; the user's own model is left alone."""
+        """Weights, metrics and file are the same, bit for bit; the user's own model is left alone.
+
+        Halfway a deep copy, and a state dict in a rebuilt network, compute what the model computes, and
+        what becomes of a copy changes nothing.
+        """
         trial = self._trial(method, network, tmp_path_factory)
         first, model = trial.result, network.build()
         before, flags = weights_digest(model), _flags(model)
         torch.rand(7)  # the caller's generator is elsewhere by now
-        _same_run(first, trial.compress("again", model=model))
+        inspection = Inspection(functools.partial(_copies_compute_the_same, trial))
+        _same_run(first, trial.compress("again", inspection, model=model))
+        assert inspection.looked
         assert weights_digest(model) == before
         assert _flags(model) == flags
 
@@ -259,28 +266,6 @@ class MethodContract:
         inputs = next(iter(network.task().validation)).inputs
         assert torch.equal(_logits(loaded, inputs), _logits(result.model, inputs))
 
-    def test_copies_while_training(
-        self, method: Method, network: TinyNetwork, tmp_path_factory: Any
-    ) -> None:
-        """A deep copy, and a state dict in a rebuilt network, compute what the model computes."""
-        trial = self._trial(method, network, tmp_path_factory)
-        inputs = next(iter(network.task().validation)).inputs
-
-        def look(run: Run) -> None:
-            expected = _logits(run.model, inputs)
-            rebuilt = trial.fresh()
-            apply_structure(rebuilt, structure_of(run.model))
-            rebuild(rebuilt, describe(run.model))
-            rebuilt.load_state_dict(run.model.state_dict())
-            copied = copy.deepcopy(run.model)
-            assert torch.equal(_logits(rebuilt, inputs), expected)
-            assert torch.equal(_logits(copied, inputs), expected)
-            _disturb(copied)
-            assert torch.equal(_logits(run.model, inputs), expected)
-
-        _same_run(trial.result, trial.compress("inspected", inspection := Inspection(look)))
-        assert inspection.looked
-
     def test_pattern_that_matches_nothing(self, method: Method, tmp_path: Path) -> None:
         """A layer pattern without a layer is an error, if the method has such a setting."""
         if "layers" in type(method).model_fields:
@@ -292,26 +277,16 @@ class MethodContract:
 
     # -- together with others -------------------------------------------------------------------
 
-    def test_composes_in_one_stage(self, method: Method, partner: Method, tmp_path: Path) -> None:
-        """Together in one stage: applied or refused, never a crash; half of the pairs are also resumed.
+    def test_composes(self, method: Method, partner: Method, tmp_path: Path) -> None:
+        """Together with another one: applied or refused, never a crash; half of the pairs are also resumed.
 
-        Whatever initializes may refuse to come second: then the other order must be accepted. A method with
-        a network of its own kind need not find a partner that can do something with it.
+        Pairs are many, so they take turns: one is in one stage, the next has a stage for each. Over all
+        methods each family comes before, beside and after each.
         """
-        resumed = _resumes_within_one_stage(method, partner)
-        order, other = _orders(method, partner)
-        applied = self._composed([list(order)], tmp_path / "first", resumed=resumed)
-        if not applied and order[1].initializes:
-            applied = self._composed([list(other)], tmp_path / "second", resumed=resumed)
-        special = _is_special(method) or _is_special(partner)
-        assert applied or special, "every network was refused"
-
-    def test_composes_in_two_stages(self, method: Method, partner: Method, tmp_path: Path) -> None:
-        """One after the other; pairs that are not resumed within one stage are within the second here."""
-        one, two = _orders(method, partner)[1]
-        resumed = not _resumes_within_one_stage(method, partner)
-        applied = self._composed([[one], [two]], tmp_path, resumed=resumed)
-        assert applied or _is_special(one), "every network was refused"
+        if _draw(method, partner) // 4 % 2:
+            self._composes_in_one_stage(method, partner, tmp_path)
+        else:
+            self._composes_in_two_stages(method, partner, tmp_path)
 
     # -- how it is written and found --------------------------------------------------------------
 
@@ -376,14 +351,31 @@ class MethodContract:
             self._trials[key] = Trial(method, network, folder)
         return self._trials[key]
 
-    def _composed(self, parts: list[list[Method]], folder: Path, *, resumed: bool = False) -> bool:
+    def _composes_in_one_stage(self, method: Method, partner: Method, folder: Path) -> None:
+        """Whatever initializes may refuse to come second: then the other order must be accepted.
+
+        A method with a network of its own kind need not find a partner that can do something with it.
+        """
+        order, other = _orders(method, partner)
+        applied = self._composed([list(order)], folder / "first")
+        if not applied and order[1].initializes:
+            applied = self._composed([list(other)], folder / "second")
+        special = _is_special(method) or _is_special(partner)
+        assert applied or special, "every network was refused"
+
+    def _composes_in_two_stages(self, method: Method, partner: Method, folder: Path) -> None:
+        one, two = _orders(method, partner)[1]
+        applied = self._composed([[one], [two]], folder)
+        assert applied or _is_special(one), "every network was refused"
+
+    def _composed(self, parts: list[list[Method]], folder: Path) -> bool:
         """Run stages with these methods on the first network that accepts them; say whether one did.
 
-        Pairs are many, so each gets one network; they take turns, and over all pairs each network meets each
-        family. ``resumed`` also does the last stage again from where it began, interrupts
-        it, and goes on; both runs must agree.
+        Each pair gets one network; they take turns, and over all pairs each network meets each family. Half
+        of them also do the last stage again from where it began, are interrupted, and go on; both runs
+        must agree.
         """
-        last = len(parts) - 1
+        last, resumed = len(parts) - 1, _draw(*itertools.chain(*parts)) // 2 % 2 == 0
         for network in _in_turn(parts):
             stages = [stage_of(methods, network) for methods in parts]
             home = folder / f"{network.name}-undisturbed"
@@ -420,17 +412,9 @@ def _draw(*methods: Method) -> int:
 
 
 def _orders(method: Method, partner: Method) -> list[tuple[Method, Method]]:
-    """The order that a pair has in one stage, and the other one, which it has in two.
-
-    Over all pairs each family comes before and after each.
-    """
+    """The order that a pair has in one stage, and the other one, which it has in two."""
     orders = [(method, partner), (partner, method)]
     return orders if _draw(method, partner) % 2 else orders[::-1]
-
-
-def _resumes_within_one_stage(method: Method, partner: Method) -> bool:
-    """Pairs are many, so each is interrupted in one of its two tests."""
-    return _draw(method, partner) // 2 % 2 == 0
 
 
 def _in_turn(parts: list[list[Method]]) -> list[TinyNetwork]:
@@ -488,6 +472,20 @@ def _logits(model: nn.Module, inputs: Any) -> Tensor:
 
 def _flags(model: nn.Module) -> list[tuple[bool, ...]]:
     return [(m.training, *(p.requires_grad for p in m.parameters())) for m in model.modules()]
+
+
+def _copies_compute_the_same(trial: Trial, run: Run) -> None:
+    inputs = next(iter(trial.network.task().validation)).inputs
+    expected = _logits(run.model, inputs)
+    rebuilt = trial.fresh()
+    apply_structure(rebuilt, structure_of(run.model))
+    rebuild(rebuilt, describe(run.model))
+    rebuilt.load_state_dict(run.model.state_dict())
+    copied = copy.deepcopy(run.model)
+    assert torch.equal(_logits(rebuilt, inputs), expected)
+    assert torch.equal(_logits(copied, inputs), expected)
+    _disturb(copied)
+    assert torch.equal(_logits(run.model, inputs), expected)
 
 
 @torch.no_grad()
