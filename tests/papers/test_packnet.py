@@ -16,8 +16,9 @@ from lilliput.core.select import select
 from lilliput.errors import CorruptArtifact, InputError, ModelMismatch, SurgeryFailed, UnknownName
 from lilliput.mechanisms.encodings import Mask, encode
 from lilliput.mechanisms.packing import pack_of
-from lilliput.methods import FilterL1, Magnitude, Packnet, Piggyback
+from lilliput.methods import BornAgain, FilterL1, Magnitude, Packnet, Piggyback
 from lilliput.testing import NETWORKS
+from lilliput.testing.contract import Trained
 
 _, CNN, _ = NETWORKS
 ROUGH = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
@@ -294,6 +295,27 @@ def test_a_single_task_may_be_thinned_and_go_on(inputs: Tensor) -> None:
     assert all(pack.owners[n].shape == thin.model.state_dict()[n].shape for n in pack.owners)
     more = add(thin.model, "b").model
     assert torch.equal(logits(lilliput.switch(more, "a"), inputs), logits(thin.model, inputs))
+
+
+@pytest.mark.parametrize(
+    "packed", [Packnet(task="a", prune=0.6, outputs=3), Piggyback(task="a", outputs=3)]
+)
+@pytest.mark.parametrize("later", [[], [BornAgain()]], ids=["trained on", "drawn anew"])
+def test_a_single_task_owns_what_trains_after_it(
+    packed: Any, later: list[Any], inputs: Tensor, tmp_path: Path
+) -> None:
+    """What was free is not any more; a file without it would be another network."""
+    first = lilliput.compress(CNN.build(), CNN.task(), [Stage(methods=[packed], train=train())])
+    trained = Trained()
+    stage = Stage(methods=later, train=train(), model=None)
+    result = lilliput.compress(
+        first.model, CNN.task(), [stage], directory=tmp_path, watchers=[trained]
+    )
+    trained.assert_is_in(result)
+    pack = pack_of(result.model)
+    assert pack is not None and lilliput.tasks_of(result.model) == ["a"]
+    sees = pack.sees("a")["0.weight"]
+    assert torch.equal(sees, sees | (result.model[0].weight != 0))  # type: ignore[index]
 
 
 def test_files_without_tasks_and_damaged_ones(three: list[Any], tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ Two kinds of bookkeeping (one a pack):
   k.
 - *masks*: every task has a mask of its own over the whole backbone.
 
+As long as there is one task, whatever trains is that task's, also weights that were free.
+
 The surprising rule: tensors that are neither (biases, normalization) are shared by all tasks. With two
 tasks or more, whatever changes what is shared is refused when the network is saved.
 """
@@ -228,6 +230,7 @@ def settled(model: nn.Module, state: Tensors) -> Pack | None:
         return None
     pack = pack.mapped(lambda name, tensor: tensor.to(state[name].device))
     task, several = pack.current, len(pack.tasks) > 1
+    pack = pack if several else _grown(pack, state)
     own = {name: state[name].detach().clone() for name in pack.own[task]}
     mine = {name: _mine(pack, name, several) for name in pack.weights}
     weights = {
@@ -238,6 +241,17 @@ def settled(model: nn.Module, state: Tensors) -> Pack | None:
     if several:
         _refuse_changed(pack, now.state(task), state)
     return now
+
+
+def _grown(pack: Pack, state: Tensors) -> Pack:
+    """The pack of an only task, which also sees what has been trained beside its weights since."""
+    task, number = pack.current, pack.number(pack.current)
+    beside = {n: (state[n] != 0) & ~seen for n, seen in pack.sees(task).items()}
+    if pack.kind == "owners":
+        return replace(
+            pack, owners={n: o.masked_fill(beside[n], number) for n, o in pack.owners.items()}
+        )
+    return replace(pack, masks={task: {n: m | beside[n] for n, m in pack.masks[task].items()}})
 
 
 def _mine(pack: Pack, name: str, several: bool) -> Tensor:

@@ -11,10 +11,10 @@ import doctest
 import functools
 import importlib
 import inspect
-import itertools
 import math
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -201,8 +201,8 @@ class MethodContract:
         wanted = metafunc.fixturenames
         if "partner" in wanted:
             pairs = self._pairs()
-            names = [f"{m.method_name()}+{p.method_name()}" for m, p in pairs]
-            metafunc.parametrize(("method", "partner"), pairs, ids=names)
+            names = [f"{m.method_name()}+{p.method_name()}" for m, p, _ in pairs]
+            metafunc.parametrize(("method", "partner", "turn"), pairs, ids=names)
         elif "network" in wanted:
             tried = [(m, n) for m in self.methods for n in networks_for(m)]
             names = [f"{m.method_name()}-{n.name}" for m, n in tried]
@@ -277,16 +277,18 @@ class MethodContract:
 
     # -- together with others -------------------------------------------------------------------
 
-    def test_composes(self, method: Method, partner: Method, tmp_path: Path) -> None:
-        """Together with another one: applied or refused, never a crash; half of the pairs are also resumed.
+    def test_composes(self, method: Method, partner: Method, turn: int, tmp_path: Path) -> None:
+        """Together with another one: applied or refused, never a crash.
 
-        Pairs are many, so they take turns: one is in one stage, the next has a stage for each. Over all
-        methods each family comes before, beside and after each.
+        Pairs are many, so those of two families take turns: one is in one stage, the next has a stage for
+        each; two begin with the one family, two with the other; four are also resumed, four are not.
         """
-        if _draw(method, partner) // 4 % 2:
-            self._composes_in_one_stage(method, partner, tmp_path)
+        order = [method, partner] if turn // 2 % 2 else [partner, method]
+        resumed = turn // 4 % 2 == 0
+        if turn % 2:
+            self._composes_in_one_stage(order, resumed, tmp_path)
         else:
-            self._composes_in_two_stages(method, partner, tmp_path)
+            self._composes_in_two_stages(order, resumed, tmp_path)
 
     # -- how it is written and found --------------------------------------------------------------
 
@@ -336,12 +338,16 @@ class MethodContract:
 
     # -- helpers --------------------------------------------------------------------------------
 
-    def _pairs(self) -> list[tuple[Method, Method]]:
+    def _pairs(self) -> list[tuple[Method, Method, int]]:
+        """Each method with one of each other family, and the pair's number among those of both families."""
         partners = registered_examples() if self.partners is None else self.partners
-        pairs = []
+        pairs, met = [], Counter[str]()
         for method in self.methods:
             others = {p.family: p for p in reversed(partners) if p.family != method.family}
-            pairs += [(method, partner) for _, partner in sorted(others.items())]
+            for family, partner in sorted(others.items()):
+                both = "+".join(sorted([method.family, family]))
+                pairs.append((method, partner, _number(both) + met[both]))
+                met[both] += 1
         return pairs
 
     def _trial(self, method: Method, network: TinyNetwork, tmp_path_factory: Any) -> Trial:
@@ -351,31 +357,27 @@ class MethodContract:
             self._trials[key] = Trial(method, network, folder)
         return self._trials[key]
 
-    def _composes_in_one_stage(self, method: Method, partner: Method, folder: Path) -> None:
+    def _composes_in_one_stage(self, order: list[Method], resumed: bool, folder: Path) -> None:
         """Whatever initializes may refuse to come second: then the other order must be accepted.
 
         A method with a network of its own kind need not find a partner that can do something with it.
         """
-        order, other = _orders(method, partner)
-        applied = self._composed([list(order)], folder / "first")
+        applied = self._composed([order], folder / "first", resumed=resumed)
         if not applied and order[1].initializes:
-            applied = self._composed([list(other)], folder / "second")
-        special = _is_special(method) or _is_special(partner)
-        assert applied or special, "every network was refused"
+            applied = self._composed([order[::-1]], folder / "second", resumed=resumed)
+        assert applied or any(map(_is_special, order)), "every network was refused"
 
-    def _composes_in_two_stages(self, method: Method, partner: Method, folder: Path) -> None:
-        one, two = _orders(method, partner)[1]
-        applied = self._composed([[one], [two]], folder)
-        assert applied or _is_special(one), "every network was refused"
+    def _composes_in_two_stages(self, order: list[Method], resumed: bool, folder: Path) -> None:
+        applied = self._composed([[method] for method in order], folder, resumed=resumed)
+        assert applied or _is_special(order[0]), "every network was refused"
 
-    def _composed(self, parts: list[list[Method]], folder: Path) -> bool:
+    def _composed(self, parts: list[list[Method]], folder: Path, *, resumed: bool) -> bool:
         """Run stages with these methods on the first network that accepts them; say whether one did.
 
-        Each pair gets one network; they take turns, and over all pairs each network meets each family. Half
-        of them also do the last stage again from where it began, are interrupted, and go on; both runs
-        must agree.
+        Networks take turns, too. ``resumed`` also does the last stage again from where it began, interrupts
+        it, and goes on; both runs must agree.
         """
-        last, resumed = len(parts) - 1, _draw(*itertools.chain(*parts)) // 2 % 2 == 0
+        last = len(parts) - 1
         for network in _in_turn(parts):
             stages = [stage_of(methods, network) for methods in parts]
             home = folder / f"{network.name}-undisturbed"
@@ -406,22 +408,17 @@ class MethodContract:
         return False
 
 
-def _draw(*methods: Method) -> int:
-    """A number that is always the same for the same methods in the same order."""
-    return zlib.crc32("+".join(method.method_name() for method in methods).encode())
-
-
-def _orders(method: Method, partner: Method) -> list[tuple[Method, Method]]:
-    """The order that a pair has in one stage, and the other one, which it has in two."""
-    orders = [(method, partner), (partner, method)]
-    return orders if _draw(method, partner) % 2 else orders[::-1]
+def _number(text: str) -> int:
+    """A number that is always the same for the same text."""
+    return zlib.crc32(text.encode())
 
 
 def _in_turn(parts: list[list[Method]]) -> list[TinyNetwork]:
     """The networks that the methods know, beginning with another one for another combination."""
     methods = [method for methods in parts for method in methods]
     networks = networks_for(*methods)
-    first = (_draw(*methods) + len(parts)) % len(networks)
+    names = "+".join(method.method_name() for method in methods)
+    first = (_number(names) + len(parts)) % len(networks)
     return [*networks[first:], *networks[:first]]
 
 
