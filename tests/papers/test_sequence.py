@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from lilliput import io
 from lilliput.api import build, compress
 from lilliput.core.recipe import Stage, Train
 from lilliput.core.run import Run
-from lilliput.core.task import Task
+from lilliput.core.task import Task, evaluate
 from lilliput.core.types import Batch
 from lilliput.engine.progress import Watcher
 from lilliput.errors import DataNotFound, InputError, ModelMismatch
@@ -22,9 +24,12 @@ from lilliput.methods import Gradual, Sequence
 from lilliput.methods.distill.sequence import _load, _Rewritten, _save, best_by_bleu, word_loss
 from lilliput.tasks import _files
 from lilliput.tasks.multi30k import (
+    END,
     IGNORED,
     SentencePairs,
+    TranslationTask,
     bleu,
+    learn_tokenizer,
     multi30k,
     references,
     token_accuracy,
@@ -334,6 +339,67 @@ def test_captions_come_back_as_words(captions: Path) -> None:
     assert (batch.inputs["decoder_input_ids"][:, 0] == 1).all()
 
 
+def test_references_are_whole_and_what_is_trained_on_is_cut(captions: Path) -> None:
+    made, whole = multi30k(vocabulary=60, longest=4), multi30k(vocabulary=60)
+    assert max(map(len, whole.train.target)) > 10
+    for sentences in (
+        made.train.source,
+        made.train.target,
+        made.validation.source,
+        made.test.source,
+    ):
+        assert {(len(s), int(s[-1])) for s in sentences} == {(4, END)}
+    for part in ("validation", "test"):
+        pairs = zip(getattr(made, part).target, getattr(whole, part).target, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    truth = [
+        line.lower() for line in (captions / "test_2016_flickr.de").read_text().split("\n")[:-1]
+    ]
+    assert references(made) == truth
+
+
+def test_what_a_pair_is_does_not_depend_on_the_limit(captions: Path) -> None:
+    """A character that Unicode calls a line end is one of the caption's, not its end."""
+    for language in ("en", "de"):
+        lines = (captions / f"train.{language}").read_text().split("\n")
+        lines[3 if language == "en" else 20] += "\u2028 \x85 \x0b"
+        (captions / f"train.{language}").write_text("\n".join(lines))
+    made = multi30k(vocabulary=120, limit=15)
+    for source, target in zip(made.train.source, made.train.target, strict=True):
+        english, german = made.tokenizer.decode_batch([source.tolist(), target.tolist()])
+        assert english.split(".")[0].split()[-1] == german.split(".")[0].split()[-1]
+
+
+def test_tokens_right_are_a_share_of_the_tokens() -> None:
+    """Not of the sentences: one with 4 tokens counts four times as much as one with a single token."""
+    target = torch.tensor([[1, 2, 3, 4], [2, IGNORED, IGNORED, IGNORED]])
+    answers = torch.tensor([[1, 2, 0, 0], [2, 0, 0, 0]])
+    logits = nn.functional.one_hot(answers, 5).float()
+    assert token_accuracy(logits, target).tolist() == [100, 100, 0, 0, 100]
+    batches = [Batch(logits[n : n + 1], target[n : n + 1]) for n in range(2)]
+    assert evaluate(nn.Identity(), batches, token_accuracy) == pytest.approx(60.0)
+
+
+def test_translations_are_made_where_the_model_is() -> None:
+    class Elsewhere(nn.Module):
+        """On a device without a memory, which no batch can come from."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(1, device="meta"))
+
+        def generate(self, **inputs: Any) -> torch.Tensor:
+            assert inputs["input_ids"].is_meta and inputs["attention_mask"].is_meta
+            return torch.full((len(inputs["input_ids"]), 3), 4)
+
+    pairs = SentencePairs([torch.tensor([5, 2])] * 3, [torch.tensor([5, 2])] * 3, 2)
+    tokenizer = learn_tokenizer(["a b"], 20)
+    made = TranslationTask(
+        pairs, pairs, pairs, nn.functional.mse_loss, token_accuracy, tokenizer=tokenizer
+    )
+    assert len(translate(Elsewhere(), made)) == 3
+
+
 def test_translations_are_decoded(captions: Path) -> None:
     made = multi30k(vocabulary=120)
     model = build("translator", vocabulary=120, width=16, layers=1, heads=2, inner=16)
@@ -360,8 +426,39 @@ def test_bad_captions(captions: Path) -> None:
         multi30k(limit=0)
 
 
-def test_pairs_of_unequal_sides(captions: Path) -> None:
+@pytest.mark.parametrize("longest", [-3, 0, 1])
+def test_sentences_without_a_token(captions: Path, longest: int) -> None:
+    with pytest.raises(InputError, match=f"longest={longest}: give at least 2"):
+        multi30k(longest=longest)
+
+
+@pytest.mark.parametrize("vocabulary", [-1, 0, 5])
+def test_a_vocabulary_without_room_for_the_characters(captions: Path, vocabulary: int) -> None:
+    with pytest.raises(
+        InputError, match=rf"vocabulary={vocabulary}: the sentences need at least \d+"
+    ) as caught:
+        multi30k(vocabulary=vocabulary)
+    least = int(str(caught.value).split("at least ")[1].split()[0])
+    assert multi30k(vocabulary=least).tokenizer.get_vocab_size() == least
+    with pytest.raises(InputError):
+        multi30k(vocabulary=least - 1)
+
+
+def test_damaged_captions_are_named(captions: Path) -> None:
+    packed = gzip.compress((captions / "val.de").read_bytes())
+    for content in (packed[:-9], packed[:10] + b"\xff" * 60, b"plain"):
+        (captions / "val.de.gz").write_bytes(content)
+        with pytest.raises(InputError, match=r"val\.de\.gz is not usable as Multi30k"):
+            multi30k()
+    (captions / "val.de.gz").unlink()
+    (captions / "val.de").write_bytes("schön\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"val\.de is not usable as Multi30k: it cannot be read"):
+        multi30k()
+
+
+@pytest.mark.parametrize("limit", [None, 10])
+def test_pairs_of_unequal_sides(captions: Path, limit: int | None) -> None:
     lines = (captions / "train.de").read_text().splitlines()[:-1]
     (captions / "train.de").write_text("\n".join(lines) + "\n")
-    with pytest.raises(InputError, match="30 sentences and 29"):
-        multi30k()
+    with pytest.raises(InputError, match=r"train\.en has 30 lines and \S+train\.de has 29"):
+        multi30k(limit=limit)

@@ -150,10 +150,10 @@ def cut(path: Path) -> None:
 
 DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("JPEGImages/b.jpg", Path.unlink, "missing"),
-    ("JPEGImages/b.jpg", cut, "cannot be decoded"),
-    ("JPEGImages/b.jpg", lambda p: p.write_text("no image"), "cannot be decoded"),
+    ("JPEGImages/b.jpg", cut, "as an image.*cannot be read"),
+    ("JPEGImages/b.jpg", lambda p: p.write_text("no image"), "as an image.*cannot be read"),
     ("Annotations/b.xml", Path.unlink, "missing"),
-    ("Annotations/b.xml", cut, "no annotation"),
+    ("Annotations/b.xml", cut, "as an annotation.*cannot be read"),
     ("Annotations/b.xml", lambda p: p.write_text("<a><object/></a>"), "has no name"),
     (
         "Annotations/b.xml",
@@ -168,7 +168,7 @@ DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
     (
         "Annotations/b.xml",
         lambda p: p.write_text(p.read_text().replace("<ymax>8<", "<ymax>eight<")),
-        "no annotation",
+        "as an annotation.*cannot be read",
     ),
     ("ImageSets/Main/train.txt", Path.unlink, "missing"),
     ("ImageSets/Main/train.txt", lambda p: p.write_text("\n"), "names no image"),
@@ -197,6 +197,18 @@ class TestDamage:
         (tmp_path / "bare/ImageSets/Main/all.txt").write_text("a")
         with pytest.raises(InputError, match="no box of any object"):
             voc(str(tmp_path / "bare"), train="all", validation="all", test=None)
+
+    @pytest.mark.parametrize("packing", ["gz", "xz", "bz2"])
+    def test_a_damaged_tar_file_is_named(self, tmp_path: Path, packing: str) -> None:
+        write_voc(tmp_path / "voc")
+        with tarfile.open(tmp_path / "voc.tar", f"w:{packing}") as archive:
+            archive.add(tmp_path / "voc", "voc")
+        content = bytearray((tmp_path / "voc.tar").read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 30] = b"\xff" * 30
+        (tmp_path / "voc.tar").write_bytes(content)
+        with pytest.raises(InputError, match=r"voc\.tar is not usable as a tar file"):
+            voc(str(tmp_path / "voc.tar"))
 
     def test_without_pillow(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_voc(tmp_path)
@@ -409,5 +421,5 @@ def by_the_rules(output: Tensor, target: Tensor, label: int, points: int | None)
 def test_a_broken_stream_is_no_tar_file(tmp_path: Path) -> None:
     packed = pack(write_voc(tmp_path / "voc"), tmp_path / "voc.tar.gz")
     packed.write_bytes(io.BytesIO(packed.read_bytes()).read(300))
-    with pytest.raises(InputError, match=r"voc\.tar\.gz cannot be read"):
+    with pytest.raises(InputError, match=r"voc\.tar\.gz is not usable as a tar file"):
         voc(str(packed))

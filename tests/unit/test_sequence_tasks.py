@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import tarfile
 import wave
 from pathlib import Path
 
@@ -112,9 +113,43 @@ def test_ett_without_or_with_a_bad_file(data: Path) -> None:
     write_series(data / "ett", columns=6)
     with pytest.raises(InputError, match="not usable as ETT"):
         ett()
-    (data / "ett" / "ETTh1.csv.gz").write_bytes(b"not gzip")
-    with pytest.raises(InputError, match="cannot be read"):
-        ett()
+    path = data / "ett" / "ETTh1.csv.gz"
+    write_series(data / "ett")
+    for content in (
+        b"not gzip",
+        path.read_bytes()[:10] + b"\xff" * 60,  # zlib.error
+        path.read_bytes()[:-20],  # EOFError
+        gzip.compress(b"date,a\n" + b"x" * 200_000),  # csv.Error
+        gzip.compress(b"date,a\n\xe4\xf6\xfc,1\n"),  # UnicodeDecodeError
+        gzip.compress(b""),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"ETTh1\.csv\.gz is not usable.*cannot be read"):
+            ett()
+
+
+def test_a_constant_series_is_zeros(data: Path) -> None:
+    values = write_series(data / "ett")
+    values[:, 2] = 0.1
+    values[:, 3] = 0.0
+    values[-1, 3] = 2.0
+    lines = [f"hour {n}," + ",".join(f"{v:g}" for v in row) for n, row in enumerate(values)]
+    with gzip.open(data / "ett" / "ETTh1.csv.gz", "wt") as file:
+        file.write("\n".join(["date,a,b,c,d,e,f,g", *lines]) + "\n")
+    task = ett()
+    for batches in (task.train, task.test):
+        assert batches.inputs.isfinite().all()
+        torch.testing.assert_close(
+            batches.target[:, :, 2], torch.zeros(batches.samples, 24), atol=1e-5, rtol=0
+        )
+    assert float(task.test.target[-1, -1, 3]) == 2.0  # shifted, in its own unit
+
+
+def test_a_target_starts_at_each_hour_that_leaves_it_room(data: Path) -> None:
+    write_series(data / "ett")
+    task = ett(horizon=24)
+    assert task.train.samples == series.TRAIN - series.LONGEST - 23
+    assert task.test.samples == series.TEST - series.VALIDATION - 23
 
 
 # FSDD
@@ -164,6 +199,57 @@ def test_noisy_recordings_bring_their_clean_view(data: Path) -> None:
     batch = next(iter(task.test))
     assert torch.equal(batch.views["clean"], next(iter(clean.test)).inputs)
     assert not torch.equal(batch.inputs, batch.views["clean"])
+
+
+def test_a_damaged_recording_is_named(data: Path) -> None:
+    folder = data / "fsdd" / "recordings"
+    write_digits(folder)
+    path = folder / "3_ann_4.wav"
+    whole = path.read_bytes()
+    for content, words in (
+        (b"no sound", "RIFF"),
+        (whole[:20], "cannot be read"),
+        (whole[:-1], "cannot be read"),  # half a sample
+        (b"", "EOFError"),
+        (whole[:16] + b"\xff\xff\xff\x7f" + whole[20:], "cannot be read"),  # RuntimeError
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"3_ann_4\.wav is not usable as FSDD.*{words}"):
+            fsdd()
+    with tarfile.open(data / "fsdd" / "fsdd.tar.xz", "w:xz") as archive:
+        archive.add(folder, "recordings")
+    with pytest.raises(InputError, match=r"fsdd\.tar\.xz: recordings/3_ann_4\.wav is not usable"):
+        fsdd()
+
+
+def test_a_damaged_archive_is_named(data: Path) -> None:
+    write_digits(data / "fsdd" / "recordings")
+    path = data / "fsdd" / "fsdd.tar.xz"
+    with tarfile.open(path, "w:xz") as archive:
+        archive.add(data / "fsdd" / "recordings", "recordings")
+    content = bytearray(path.read_bytes())
+    content[-200] ^= 0xFF  # LZMAError
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"fsdd\.tar\.xz is not usable as FSDD: it cannot be read"):
+        fsdd()
+
+
+@pytest.mark.parametrize(
+    ("takes", "missing"),
+    [
+        (range(10), "train on"),
+        ([*range(5), *range(10, 20)], "validate on"),
+        (range(5, 20), "test on"),
+    ],
+)
+def test_recordings_that_leave_a_part_empty(data: Path, takes: list[int], missing: str) -> None:
+    folder = data / "fsdd" / "recordings"
+    write_digits(folder, takes=20)
+    for file in folder.iterdir():
+        if int(file.stem.split("_")[2]) not in takes:
+            file.unlink()
+    with pytest.raises(InputError, match=f"recordings is not usable.*leave none to {missing}"):
+        fsdd()
 
 
 def test_fsdd_refuses(data: Path) -> None:

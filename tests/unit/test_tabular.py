@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from lilliput.core.task import Task
+from lilliput.core.task import Task, evaluate
 from lilliput.errors import InputError, MissingDependency
 from lilliput.tasks.tabular import VarianceExplained, breast_cancer, diabetes
 
@@ -58,11 +59,28 @@ def test_variance_explained_is_the_librarys() -> None:
     # Over both columns together, as their sums of squares.
     expected = metrics.r2_score(target, output, multioutput="variance_weighted")
     assert score.compute() == pytest.approx(100 * expected, rel=1e-5)
+    constant = VarianceExplained()
+    constant.update(torch.zeros(3, 1), torch.full((3, 1), 0.1))
+    with pytest.raises(InputError, match="the 3 targets are all equal"):
+        constant.compute()
     with pytest.raises(ValueError, match=r"\(3,\) for a target \(3, 1\)"):
         score.update(torch.zeros(3), torch.zeros(3, 1))
 
 
-@pytest.mark.parametrize("validation", [0, 353, 5000])
+@pytest.mark.parametrize(("make", "rows", "features"), TASKS)
+def test_few_rows_are_finite(make: Callable[..., Task], rows: int, features: int) -> None:
+    for validation in (2, rows - round(rows / 5) - 2):  # the fewest to validate, or to train on
+        task = make(validation=validation)
+        assert all(
+            part.inputs.isfinite().all() for part in (task.train, task.validation, task.test)
+        )  # type: ignore[union-attr, attr-defined]
+        score = evaluate(
+            torch.nn.Linear(features, 2 if features == 30 else 1), task.validation, task.score
+        )
+        assert math.isfinite(score)
+
+
+@pytest.mark.parametrize("validation", [0, 1, 353, 5000])
 def test_bad_counts(validation: int) -> None:
     with pytest.raises(InputError, match=f"validation={validation}"):
         diabetes(validation=validation)

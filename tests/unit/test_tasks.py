@@ -10,6 +10,7 @@ import os
 import sys
 import tarfile
 import threading
+import zlib
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,7 +27,7 @@ from lilliput.core.types import Batch
 from lilliput.errors import DataNotFound, EmptyData, InputError, MissingDependency, UnknownName
 from lilliput.tasks import _files, _idx
 from lilliput.tasks import cifar10 as cifar
-from lilliput.tasks._arrays import ArrayBatches
+from lilliput.tasks._arrays import ArrayBatches, standardized
 from lilliput.tasks._augment import mirror, shift
 from lilliput.tasks._images import Images, hold_out
 from lilliput.tasks.digits import digits
@@ -161,6 +162,15 @@ def test_batches_refuse_what_makes_no_sense() -> None:
         numbered(3, 0)
     with pytest.raises(EmptyData):
         list(read(numbered(0, 3), "the batches"))
+
+
+def test_columns_are_standardized_by_the_known_ones() -> None:
+    values = 5 + 3 * torch.randn(40, 3)
+    values[:30, 1] = 0.1  # of which the mean is another number, by rounding
+    found = standardized(values, values[:30])
+    torch.testing.assert_close(found[:30].mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[:30].std(0), torch.tensor([1.0, 0.0, 1.0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[30:, 1], values[30:, 1] - 0.1)
 
 
 # Augmentation
@@ -389,10 +399,13 @@ def test_truncated_and_altered_gzip_is_named(tmp_path: Path, cut: int) -> None:
     packed = gzip.compress(idx(np.random.default_rng(0).integers(0, 255, (3, 28, 28))))
     altered = bytearray(packed)
     altered[len(packed) // 2] ^= 0xFF
-    for content in (packed[:-cut], bytes(altered), b"plain bytes"):
+    no_block = packed[:10] + b"\xff" * 60
+    with pytest.raises(zlib.error):
+        gzip.decompress(no_block)
+    for content in (packed[:-cut], bytes(altered), no_block, b"plain bytes"):
         path = tmp_path / "images.gz"
         path.write_bytes(content)
-        with pytest.raises(InputError, match=r"images\.gz is not a usable idx file"):
+        with pytest.raises(InputError, match=r"images\.gz is not usable as an idx file"):
             _idx.read_idx(path, 3)
 
 
@@ -405,6 +418,88 @@ def test_labels_must_fit_the_images(data: Path) -> None:
     labels.write_bytes(gzip.compress(idx(np.full(30, 10))))
     with pytest.raises(InputError, match=r"train-labels.*a label is 10"):
         mnist(validation=0)
+
+
+# Reading files
+
+
+@pytest.mark.parametrize("error", _files.UNREADABLE)
+def test_what_a_reader_raises_names_the_file(error: type[Exception]) -> None:
+    kind = _files.Kind("MNIST")
+    with (
+        pytest.raises(
+            InputError, match=r"d/x is not usable as MNIST: .*read \(.+\)\. Delete"
+        ) as caught,
+        kind.readable("d/x"),
+    ):
+        raise error
+    assert isinstance(caught.value.__cause__, error)
+
+
+@pytest.mark.parametrize(
+    "error", [InputError("own"), AssertionError("own"), KeyboardInterrupt("own")]
+)
+def test_other_errors_are_what_they_were(error: BaseException) -> None:
+    with pytest.raises(type(error), match=r"^own$"), _files.Kind("MNIST").readable("d/x"):
+        raise error
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_text_keeps_what_only_unicode_calls_line_ends(tmp_path: Path, packed: bool) -> None:
+    path = tmp_path / ("text.gz" if packed else "text")
+    content = "eins\u2028zwei\r\ndrei\x85vier\x0bfünf\n".encode()
+    path.write_bytes(gzip.compress(content) if packed else content)
+    assert _files.text(path) == "eins\u2028zwei\ndrei\x85vier\x0bfünf\n"
+
+
+def picture(form: str) -> bytearray:
+    image_module = pytest.importorskip("PIL.Image")
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    image_module.fromarray(noise).save(stream, form)
+    return bytearray(stream.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("form", "where", "what"),
+    [
+        ("PNG", slice(37, 41), b"\xbf\xa1\x96\xfe"),  # a chunk without a name: SyntaxError
+        ("PNG", slice(8, 12), bytes(4)),  # a header of no length: ValueError
+        ("BMP", slice(18, 26), b"\xff\xff\xff\x3f" * 2),  # a size beyond all memory
+        ("JPEG", slice(400, None), b""),  # OSError
+    ],
+)
+def test_damaged_pictures_are_named(form: str, where: slice, what: bytes) -> None:
+    content = picture(form)
+    kind = _files.Kind("a picture")
+    with kind.picture(bytes(content), "some place") as image:
+        assert np.array(image).shape == (64, 64, 3)
+    content[where] = what
+    with (
+        pytest.raises(InputError, match="some place is not usable as a picture: it cannot be read"),
+        kind.picture(bytes(content), "some place") as image,
+    ):
+        image.load()
+
+
+@pytest.mark.parametrize("packing", ["gz", "bz2", "xz"])
+def test_no_part_of_a_damaged_archive_is_taken_for_the_whole(tmp_path: Path, packing: str) -> None:
+    """tarfile itself ends at a member that it cannot read, and compares no checksum."""
+    path, draw = tmp_path / "x.tar", np.random.default_rng(0)
+    with tarfile.open(path, f"w:{packing}") as archive:
+        for number in range(20):
+            member = tarfile.TarInfo(f"{number}.bin")
+            member.size = 300
+            archive.addfile(member, io.BytesIO(draw.bytes(300)))
+    whole = path.read_bytes()
+    for where in range(60, len(whole) - 60, 97):
+        path.write_bytes(whole[:where] + bytes([whole[where] ^ 0x10]) + whole[where + 1 :])
+        with (
+            pytest.raises(InputError, match=r"x\.tar is not usable as an archive"),
+            _files.Kind("an archive").readable(path),
+            _files.archive(path) as archive,
+        ):
+            assert all(archive.extractfile(member) for member in archive)
 
 
 # Finding files
@@ -664,6 +759,12 @@ def test_damaged_jpeg_files_are_named(data: Path) -> None:
         with pytest.raises(InputError, match=r"cifar10_jpeg_train\.npz is not usable"):
             cifar.cifar10(source="jpeg")
     path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"cifar10_jpeg_train\.npz is not usable"):
+        cifar.cifar10(source="jpeg")
+    np.savez_compressed(path, **parts)
+    content = bytearray(path.read_bytes())
+    content[58:118] = b"\xff" * 60  # zlib.error
+    path.write_bytes(content)
     with pytest.raises(InputError, match=r"cifar10_jpeg_train\.npz is not usable"):
         cifar.cifar10(source="jpeg")
 

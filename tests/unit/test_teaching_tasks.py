@@ -196,7 +196,7 @@ def test_mlp_refuses() -> None:
     with pytest.raises(UnknownName, match="no activation is named 'rleu'"):
         mlp(activation="rleu")
     for wrong in ({"dropout": 1.0}, {"input_dropout": -0.1}):
-        with pytest.raises(InputError, match="is no probability below 1"):
+        with pytest.raises(InputError, match="give a probability"):
             mlp(**wrong)
 
 

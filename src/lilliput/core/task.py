@@ -168,8 +168,9 @@ def answer(model: Callable[..., Any], inputs: Any) -> Any:
 
 #: A batch of one sample has no statistics of its own; torch refuses it.
 _LONELY = (
-    ". In training, batch normalization needs at least two samples a batch: take larger batches, or leave "
-    "out the last one where a single sample is left over (DataLoader: drop_last=True)."
+    ". In training, batch normalization needs at least two samples a batch: choose another batch_size, so "
+    "that no single sample is left over for the last one; a DataLoader of your own can leave it out "
+    "(drop_last=True)."
 )
 
 

@@ -1,4 +1,4 @@
-"""Batches cut from tensors that lie in memory.
+"""Batches cut from tensors that lie in memory, and what is done to such tensors before.
 
 The rule to know: the order is fixed until :meth:`ArrayBatches.reshuffle` is called. Whoever trains
 calls it once an epoch with a new seed; without it every epoch sees the same batches.
@@ -17,6 +17,36 @@ from ..errors import InputError
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 Prepare = Callable[[Tensor], Tensor]
+
+
+def check_limit(limit: int | None) -> None:
+    """Refuse to train on fewer samples than one.
+
+    Raises:
+        InputError: the limit is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit} leaves nothing to train on: give at least 1, or none.")
+
+
+def standardized(values: Tensor, known: Tensor) -> Tensor:
+    """Columns with the mean 0 and the deviation 1 of the known ones.
+
+    A column that is constant among the known ones has no deviation: it is only shifted to 0.
+
+    Args:
+        values: ``(..., columns)``.
+        known: ``(samples, columns)``, those that are trained on.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
+        >>> standardized(x, x)
+        tensor([[-0.7071,  0.0000],
+                [ 0.7071,  0.0000]])
+    """
+    # Not by a deviation of 0: that of equal numbers may be a hair above, by rounding.
+    constant = known.amin(0) == known.amax(0)
+    return (values - known.mean(0)) / known.std(0).where(~constant, 1.0)
 
 
 class ArrayBatches:

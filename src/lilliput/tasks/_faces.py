@@ -20,10 +20,12 @@ from torch.nn.functional import interpolate
 from ..core.digests import mix
 from ..core.optional import optional
 from ..errors import DataNotFound, InputError, UnknownName
+from ._files import BILINEAR, Kind
 from ._images import Images
 
 SOURCES = ("drawn", "olivetti", "folder")
 _ENDINGS = (".jpg", ".jpeg", ".png", ".pgm", ".bmp")
+_KIND = Kind("a picture", "Repair it, or take it away.")
 #: Of drawn faces.
 PERSONS, PICTURES = 60, 12
 
@@ -95,15 +97,9 @@ def _files(person: Path) -> Iterator[Path]:
 
 
 def _picture(file: Path, size: int, channels: int) -> Tensor:
-    pillow = optional("PIL.Image", "pillow", "data", f"decoding {file}")
-    try:
-        with pillow.open(file) as image:
-            grey = image.convert("RGB" if channels == 3 else "L").resize(
-                (size, size), pillow.BILINEAR
-            )
-            pixels = np.array(grey, dtype=np.float32)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({error}): repair it, or take it away.") from error
+    with _KIND.picture(file, file) as image:
+        colors = image.convert("RGB" if channels == 3 else "L").resize((size, size), BILINEAR)
+        pixels = np.array(colors, dtype=np.float32)
     return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1) / 255.0
 
 

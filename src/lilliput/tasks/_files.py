@@ -1,22 +1,41 @@
-"""Where data files are: found on this machine, or downloaded once with a checksum.
+"""Where data files are, found on this machine or downloaded once with a checksum, and how they are read.
 
 Places, in this order: ``$LILLIPUT_DATA/<folder>``, the cache ``$LILLIPUT_CACHE/<folder>`` (without
 the variable ``~/.cache/lilliput``), Debian's ``/usr/share/datasets/<folder>``; then a download into
 the cache. Files found locally may be recompressed copies, so they are checked by their content when
-they are read, and only downloads by a checksum.
+they are read, and only downloads by a checksum. Whatever a reader says of a damaged file, the error is
+the one of its :class:`Kind`, which names it.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
+import lzma
 import os
-from collections.abc import Iterable
+import struct
+import tarfile
+import wave
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from ..core.optional import optional
-from ..errors import DataNotFound
+from ..errors import DataNotFound, InputError, LilliputError
 
 SYSTEM = Path("/usr/share/datasets")
+#: What the readers of gzip, xz, tar, zip, CSV, XML, sounds and pictures raise at a damaged file.
+UNREADABLE = (
+    OSError, EOFError, LookupError, RuntimeError, SyntaxError, ValueError, csv.Error, lzma.LZMAError,
+    struct.error, tarfile.TarError, wave.Error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+#: Pillow's number, for pillow is imported only where there are pictures.
+BILINEAR = 2
 
 
 @dataclass(frozen=True)
@@ -91,6 +110,86 @@ def not_found(folder: str, names: Iterable[str], advice: str) -> DataNotFound:
     """The error for files that cannot be downloaded."""
     wanted = " or ".join(names)
     return DataNotFound(f"no {wanted} in {_list(folder)}. {advice}")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a file should be, for the errors about one that is not.
+
+    Attributes:
+        name: for example ``"CIFAR-10"``.
+        advice: what to do about a damaged file, a sentence.
+
+    Example:
+        >>> str(Kind("MNIST").damaged("d/label.gz", "it has 3 bytes"))
+        'd/label.gz is not usable as MNIST: it has 3 bytes. Delete it and get it anew.'
+    """
+
+    name: str
+    advice: str = "Delete it and get it anew."
+
+    def damaged(self, place: object, why: str) -> InputError:
+        """The error for a file, or for a file and what lies in it."""
+        return InputError(f"{place} is not usable as {self.name}: {why}. {self.advice}")
+
+    @contextmanager
+    def readable(self, place: object) -> Iterator[None]:
+        """Read a file inside: what its reader raises where it is damaged becomes the error that names it.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        try:
+            yield
+        except LilliputError:
+            raise
+        except UNREADABLE as error:
+            why = f"it cannot be read ({str(error) or type(error).__name__})"
+            raise self.damaged(place, why) from error
+
+    @contextmanager
+    def picture(self, source: Path | bytes, place: object) -> Iterator[Any]:
+        """A picture as pillow opens it, to be used inside, for pillow decodes it only then.
+
+        Args:
+            source: the file, or what it holds.
+            place: how errors call it.
+
+        Raises:
+            InputError: the picture is damaged.
+            MissingDependency: pillow is not installed.
+        """
+        pillow = optional("PIL.Image", "pillow", "data", f"decoding {place}")
+        with self.readable(place):
+            try:
+                stream = io.BytesIO(source) if isinstance(source, bytes) else source
+                with pillow.open(stream) as image:
+                    yield image
+            except pillow.DecompressionBombError as error:  # only a damaged header is that large
+                raise ValueError(str(error)) from error
+
+
+def opened(path: Path) -> IO[bytes] | gzip.GzipFile:
+    """The bytes of a file, or those that it holds where its name ends in ``.gz``."""
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def text(path: Path) -> str:
+    """The text in such a file; lines end with a line feed alone."""
+    with opened(path) as file:
+        return file.read().decode().replace("\r\n", "\n")
+
+
+@contextmanager
+def archive(path: Path) -> Iterator[tarfile.TarFile]:
+    """A tar file, packed or not; leaving it reads what is left of it.
+
+    For tarfile takes a damaged member for the end, and a packed file's checksum is compared at its end only.
+    """
+    with tarfile.open(path) as file:
+        yield file
+        while file.fileobj is not None and file.fileobj.read(1 << 20):
+            pass
 
 
 def _not_found(remote: Remote, error: Exception) -> DataNotFound:

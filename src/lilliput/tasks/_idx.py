@@ -6,7 +6,6 @@ An idx file is a header of big-endian 32-bit numbers (magic, then one length a d
 from __future__ import annotations
 
 import functools
-import gzip
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import numpy.typing as npt
 import torch
 
 from ..core.task import Task
-from ..errors import InputError
 from . import _files
 from ._augment import shift
 from ._images import Images, Parts, hold_out, image_task
@@ -26,6 +24,10 @@ CLASSES = 10
 SIDE = 28
 MOST = 60_000
 UNSIGNED_BYTE = 0x08
+KIND = _files.Kind(
+    "an idx file",
+    "Delete it and get it anew; the next run downloads it where there is a network.",
+)
 
 
 @dataclass(frozen=True)
@@ -85,24 +87,25 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
     Raises:
         InputError: it is damaged, or another kind of file.
     """
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            header = stream.read(4 * (1 + dimensions))
-            shape = _shape(path, header, dimensions)
-            body = stream.read(math.prod(shape) + 1)
-    except (OSError, EOFError) as error:
-        raise _damaged(path, f"it cannot be read ({error})") from error
+    with KIND.readable(path), _files.opened(path) as stream:
+        header = stream.read(4 * (1 + dimensions))
+        shape = _shape(path, header, dimensions)
+        body = stream.read(math.prod(shape) + 1)
     if len(body) != math.prod(shape):
-        raise _damaged(path, f"its header announces {shape}, but the length does not fit")
+        raise KIND.damaged(path, f"its header announces {shape}, but the length does not fit")
     return np.frombuffer(bytearray(body), dtype=np.uint8).reshape(shape)
 
 
 def _shape(path: Path, header: bytes, dimensions: int) -> tuple[int, ...]:
     if header[:4] != bytes([0, 0, UNSIGNED_BYTE, dimensions]) or len(header) % (1 + dimensions):
-        raise _damaged(path, f"its first bytes, {header[:4].hex()}, are not those of such a file")
+        raise KIND.damaged(
+            path, f"its first bytes, {header[:4].hex()}, are not those of such a file"
+        )
     shape = tuple(int(n) for n in np.frombuffer(header, dtype=">u4")[1:])
     if len(shape) != dimensions or shape[0] > MOST or shape[1:] not in ((), (SIDE, SIDE)):
-        raise _damaged(path, f"it announces {shape}; up to {MOST:,} of {SIDE}x{SIDE} are expected")
+        raise KIND.damaged(
+            path, f"it announces {shape}; up to {MOST:,} of {SIDE}x{SIDE} are expected"
+        )
     return shape
 
 
@@ -110,16 +113,11 @@ def _load(data: IdxSet, files: tuple[_files.Remote, _files.Remote]) -> Images:
     image_path, label_path = (_files.fetch(remote) for remote in files)
     pixels, labels = read_idx(image_path, 3), read_idx(label_path, 1)
     if len(pixels) != len(labels):
-        raise _damaged(label_path, f"{len(labels)} labels for the {len(pixels)} of {image_path}")
+        raise KIND.damaged(
+            label_path, f"{len(labels)} labels for the {len(pixels)} of {image_path}"
+        )
     if labels.size and labels.max() >= CLASSES:
-        raise _damaged(label_path, f"a label is {labels.max()}, the largest should be 9")
+        raise KIND.damaged(label_path, f"a label is {labels.max()}, the largest should be 9")
     inputs = torch.from_numpy(pixels).unsqueeze(1).float().div_(255)
     inputs.sub_(data.mean).div_(data.deviation)
     return Images(inputs, torch.from_numpy(labels).long())
-
-
-def _damaged(path: Path, why: str) -> InputError:
-    return InputError(
-        f"{path} is not a usable idx file: {why}. Delete it and get it anew; the next run "
-        "downloads it where there is a network."
-    )

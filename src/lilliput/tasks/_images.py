@@ -1,4 +1,4 @@
-"""What the image classification tasks share: splits, batches, loss and score."""
+"""What the image tasks share: splits, normalization, batches, loss and score."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 
 from ..core.task import Task, accuracy
 from ..errors import InputError
-from ._arrays import ArrayBatches, Augment, Prepare
+from ._arrays import ArrayBatches, Augment, Prepare, check_limit
 
 SPLIT_SEED = 0
 #: The target of a sample whose label is not known.
 UNLABELED = -1
+# Of ImageNet's images, scaled to [0, 1]: what published networks were trained with.
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 class Images(NamedTuple):
@@ -52,8 +55,7 @@ def hold_out(
         raise InputError(
             f"validation={validation} of {samples} training images: give 0 to {samples - 1}."
         )
-    if limit is not None and limit < 1:
-        raise InputError(f"limit={limit} leaves nothing to train on: give at least 1, or none.")
+    check_limit(limit)
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(SPLIT_SEED))
     train, held = order[: samples - validation], order[samples - validation :]
     return images.take(leave_out(train, images.labels, without)[:limit]), images.take(held)
@@ -103,6 +105,12 @@ def noisy_parts(parts: Parts, deviation: float) -> Parts:
         for seed, part in enumerate(parts, SPLIT_SEED)
     )
     return train, validation, test
+
+
+def normalized(images: Tensor) -> Tensor:
+    """Color images of bytes, scaled to [0, 1] and normalized by ImageNet's mean and deviation."""
+    mean, deviation = MEAN.to(images.device), DEVIATION.to(images.device)
+    return images.float().div_(255).sub_(mean).div_(deviation)
 
 
 def average_pooled(inputs: Tensor, side: int) -> Tensor:

@@ -11,9 +11,6 @@ Paper: Learning Multiple Layers of Features from Tiny Images (Krizhevsky; Univer
 
 from __future__ import annotations
 
-import io
-import tarfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,18 +20,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..core.optional import optional
 from ..core.registry import task
 from ..core.task import Task
-from ..errors import InputError, UnknownName
+from ..errors import UnknownName
 from . import _files
 from ._augment import mirror, shift
-from ._images import Images, hold_out, image_task
+from ._images import Images, hold_out, image_task, normalized
 
 Bytes = npt.NDArray[np.uint8]
 
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+KIND = _files.Kind("CIFAR-10")
 SIDE, PIXELS, CLASSES = 32, 3 * 32 * 32, 10
 PER_FILE = 10_000
 BINARY = _files.Remote(
@@ -93,7 +88,7 @@ def cifar10(
         batch_size=batch_size,
         test_batch_size=test_batch_size,
         augment=_augment if augment else None,
-        prepare=_normalize,
+        prepare=normalized,
     )
 
 
@@ -106,18 +101,13 @@ def _choose(source: str) -> str:
     return "jpeg" if has_jpeg and not _find_binary() else "binary"
 
 
-def _normalize(images: Tensor) -> Tensor:
-    mean, deviation = MEAN.to(images.device), DEVIATION.to(images.device)
-    return images.float().div_(255).sub_(mean).div_(deviation)
-
-
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return mirror(shift(images, generator, pixels=4), generator)
 
 
 def _images(pixels: Bytes, labels: Bytes, path: Path) -> Images:
     if labels.size and labels.max() >= CLASSES:
-        raise _damaged(path, f"a label is {labels.max()}, the largest should be 9")
+        raise KIND.damaged(path, f"a label is {labels.max()}, the largest should be 9")
     return Images(
         torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels.astype(np.int64))
     )
@@ -129,10 +119,8 @@ def _find_binary() -> Path | None:
 
 def _load_binary() -> tuple[Images, Images]:
     path = _find_binary() or _files.download(BINARY)
-    try:
+    with KIND.readable(path):
         return _records(path, TRAIN_FILES), _records(path, TEST_FILES)
-    except (OSError, EOFError, KeyError, tarfile.TarError) as error:
-        raise _damaged(path, f"it cannot be read ({error})") from error
 
 
 def _records(path: Path, names: tuple[str, ...]) -> Images:
@@ -140,7 +128,8 @@ def _records(path: Path, names: tuple[str, ...]) -> Images:
     wanted = len(names) * PER_FILE * (1 + PIXELS)
     raw = b"".join(_contents(path, names))
     if len(raw) != wanted:
-        raise _damaged(path, f"{', '.join(names)} have {len(raw):,} bytes instead of {wanted:,}")
+        why = f"{', '.join(names)} have {len(raw):,} bytes instead of {wanted:,}"
+        raise KIND.damaged(path, why)
     records = np.frombuffer(bytearray(raw), dtype=np.uint8).reshape(-1, 1 + PIXELS)
     return _images(records[:, 1:].reshape(-1, 3, SIDE, SIDE), records[:, 0], path)
 
@@ -148,7 +137,7 @@ def _records(path: Path, names: tuple[str, ...]) -> Images:
 def _contents(path: Path, names: tuple[str, ...]) -> list[bytes]:
     if path.is_dir():
         return [(path / name).read_bytes() for name in names]
-    with tarfile.open(path) as archive:
+    with _files.archive(path) as archive:
         streams = [archive.extractfile(f"{UNPACKED}/{name}") for name in names]
         return [stream.read() for stream in streams if stream is not None]
 
@@ -162,7 +151,7 @@ def _decode_all(path: Path) -> Images:
     """An npz file with the JPEG bytes one after the other, their offsets, and the labels."""
     data, offset, label = _read_npz(path, ("jpeg", "offset", "label"))
     if offset.shape != (len(label) + 1,) or offset[-1] > len(data) or (np.diff(offset) < 0).any():
-        raise _damaged(path, "offsets, labels and bytes do not fit together")
+        raise KIND.damaged(path, "offsets, labels and bytes do not fit together")
     raw, bounds = data.tobytes(), offset.tolist()
     pixels = np.empty((len(label), SIDE, SIDE, 3), dtype=np.uint8)
     for number in range(len(label)):
@@ -188,18 +177,15 @@ def _load_lossless() -> tuple[Images, Images]:
 
 def _strip(path: Path) -> Bytes:
     """A PNG image whose rows are 1,000 images of 32x32 pixels."""
-    return _decode(path.read_bytes(), (SIDE * SIDE, 1000), path).reshape(-1, SIDE, SIDE, 3)
+    return _decode(path, (SIDE * SIDE, 1000), path).reshape(-1, SIDE, SIDE, 3)
 
 
-def _decode(raw: bytes, size: tuple[int, int], path: Path) -> Bytes:
-    pillow = optional("PIL.Image", "pillow", "data", f"decoding {path}")
-    try:
-        image = pillow.open(io.BytesIO(raw))
-        if image.size == size:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise _damaged(path, f"an image cannot be decoded ({error})") from error
-    raise _damaged(path, f"an image has {image.size} pixels instead of {size}")
+def _decode(source: Path | bytes, size: tuple[int, int], path: Path) -> Bytes:
+    with KIND.picture(source, path) as image:
+        if image.size != size:
+            why = f"an image has {image.size} pixels instead of {size}"
+            raise KIND.damaged(path, why)
+        return np.asarray(image.convert("RGB"))
 
 
 def _local(folder: str, name: str) -> Path:
@@ -211,15 +197,8 @@ def _local(folder: str, name: str) -> Path:
 
 
 def _read_npz(path: Path, keys: tuple[str, ...]) -> list[npt.NDArray[Any]]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return [archive[key] for key in keys]
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise _damaged(path, f"it cannot be read ({error})") from error
-
-
-def _damaged(path: Path, why: str) -> InputError:
-    return InputError(f"{path} is not usable as CIFAR-10: {why}. Delete it and get it anew.")
+    with KIND.readable(path), np.load(path, allow_pickle=False) as archive:
+        return [archive[key] for key in keys]
 
 
 _SOURCES: dict[str, tuple[str, Callable[[], tuple[Images, Images]]]] = {

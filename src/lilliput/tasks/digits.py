@@ -20,6 +20,7 @@ from ..core.optional import optional
 from ..core.registry import task
 from ..core.task import Task
 from ..errors import InputError
+from ._arrays import check_limit
 from ._augment import shift
 from ._images import (
     SPLIT_SEED,
@@ -33,7 +34,8 @@ from ._images import (
     unlabel,
 )
 
-# Mean and standard deviation of all pixels, scaled to [0, 1].
+# Mean and standard deviation of all pixels, scaled to [0, 1]: two numbers that hardly differ from those of
+# the training images alone, and do not depend on which images these are.
 MEAN, DEVIATION = 0.3053, 0.3760
 TEST = 300
 
@@ -50,7 +52,8 @@ def digits(
     """Handwritten digits, 8x8 grey, 10 classes; ships with scikit-learn.
 
     1,797 images ``(1, 8, 8)``, split with a fixed seed and stratified into 300 for test,
-    ``validation``, and the rest for training; pixels scaled to [0, 1] and normalized.
+    ``validation``, and the rest for training; pixels scaled to [0, 1], then normalized by mean 0.3053 and
+    standard deviation 0.3760 of the pixels of all 1,797 images, those of the test among them.
 
     Args:
         batch_size: training images a batch.
@@ -174,8 +177,7 @@ def _check(validation: int, limit: int | None) -> None:
             f"validation={validation}: give 0, or 10 to 1400 of the 1,497 images beside the test "
             "set, so that every class is in both parts."
         )
-    if limit is not None and limit < 1:
-        raise InputError(f"limit={limit} leaves nothing to train on: give at least 1, or none.")
+    check_limit(limit)
 
 
 def _load() -> Images:

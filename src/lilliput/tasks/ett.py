@@ -7,7 +7,6 @@ Peng, Zhang, Li, Xiong, Zhang; AAAI 2021; arXiv 2012.07436)
 from __future__ import annotations
 
 import csv
-import gzip
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from ..core.registry import task
 from ..core.task import Task
 from ..errors import InputError, UnknownName
 from . import _files
-from ._arrays import ArrayBatches
+from ._arrays import ArrayBatches, standardized
 
 SERIES = ("h1", "h2")
 FEATURES = 7
@@ -28,6 +27,7 @@ MONTH = 30 * 24
 TRAIN, VALIDATION, TEST = 12 * MONTH, 16 * MONTH, 20 * MONTH
 # Targets start behind the longest window whatever the window is, so that all tasks train on the same.
 LONGEST = 2 * MONTH
+KIND = _files.Kind(f"ETT, {TEST:,} hours of {FEATURES} series behind a header and a date")
 
 
 @task
@@ -41,9 +41,12 @@ def ett(
     """ETT, hourly load and oil temperature of a transformer, 7 series, to be forecast.
 
     Inputs ``(window, 7)``, target ``(horizon, 7)``, the hours that follow; each series is standardized by
-    the mean and deviation of its training hours. The loss is the mean squared error, the score minus
-    that, so that higher is better. Every hour of the split is the start of a target once, so tasks with
-    other windows are scored on the same targets.
+    the mean and deviation of its training hours, or only shifted to 0 where it is constant in them. The loss
+    is the mean squared error, the score minus that, so that higher is better.
+
+    A target starts at each hour from which all of it lies in one part, but the first 1,440 hours, the longest
+    window, only begin windows. So tasks with other windows train on the same targets and are scored on the
+    same ones; those with another horizon are not. Windows reach back into the part before.
 
     Args:
         series: ``"h1"`` or ``"h2"``, two transformers.
@@ -63,7 +66,8 @@ def ett(
             f"window={window}, horizon={horizon}: give a window of 1 to {LONGEST} hours and a "
             f"horizon of 1 to {MONTH}."
         )
-    values = _standardized(_read(_find(series)))
+    values = _read(_find(series))
+    values = standardized(values, values[:TRAIN])
 
     def windows(first: int, last: int) -> tuple[Tensor, Tensor]:
         inputs = _every(values[first - window : last - horizon], window)
@@ -90,11 +94,6 @@ def _every(values: Tensor, length: int) -> Tensor:
     return values.unfold(0, length, 1).transpose(1, 2)
 
 
-def _standardized(values: Tensor) -> Tensor:
-    known = values[:TRAIN]
-    return (values - known.mean(0)) / known.std(0)
-
-
 def _find(series: str) -> Path:
     names = [f"ETT{series}.csv.gz", f"ETT{series}.csv"]
     found = _files.find("ett", names)
@@ -106,21 +105,11 @@ def _find(series: str) -> Path:
 
 
 def _read(path: Path) -> Tensor:
-    try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-            _, *rows = csv.reader(file)
-            values = np.array([row[1:] for row in rows], dtype=np.float32)
-    except (OSError, EOFError, ValueError, UnicodeDecodeError) as error:
-        raise _damaged(path, f"it cannot be read ({error})") from error
+    with KIND.readable(path):
+        _, *rows = csv.reader(_files.text(path).splitlines())
+        values = np.array([row[1:] for row in rows], dtype=np.float32)
     if values.ndim != 2 or values.shape[1] != FEATURES or len(values) < TEST:
-        raise _damaged(path, f"it holds {values.shape} numbers")
+        raise KIND.damaged(path, f"it holds {values.shape} numbers")
     if not np.isfinite(values).all():
-        raise _damaged(path, "a number is missing")
+        raise KIND.damaged(path, "a number is missing")
     return torch.from_numpy(values)
-
-
-def _damaged(path: Path, why: str) -> InputError:
-    return InputError(
-        f"{path} is not usable as ETT: {why}; {TEST:,} hours of {FEATURES} series with a header and a "
-        "date are expected. Delete it and get it anew."
-    )

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import io
 import re
-import tarfile
 import wave
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -21,14 +19,14 @@ from torch.nn.functional import cross_entropy
 
 from ..core.registry import task
 from ..core.task import Task, accuracy
-from ..errors import InputError
 from . import _files
-from ._arrays import ArrayBatches
+from ._arrays import ArrayBatches, check_limit, standardized
 
 RATE, SAMPLES = 8000, 8000  # of one second; longer recordings are cut, shorter ones end in silence
 WINDOW, HOP, BANDS = 256, 128, 40
 TEST_TAKES, VALIDATION_TAKES = range(0, 5), range(5, 10)
 ARCHIVE, FOLDER = "fsdd.tar.xz", "recordings"
+KIND = _files.Kind("FSDD")
 _NAME = re.compile(r"(?:.*/)?(\d)_(\w+)_(\d+)\.wav")
 
 
@@ -57,24 +55,27 @@ def fsdd(
         DataNotFound: the recordings are nowhere; they are not downloaded.
         InputError: a file is damaged, or ``limit`` leaves nothing to train on.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"limit={limit} leaves nothing to train on: give at least 1, or none.")
-    sound, digit, take = _load(_find())
-    order = torch.randperm(len(take), generator=torch.Generator().manual_seed(0))
-    tests, held = _among(take, TEST_TAKES), _among(take, VALIDATION_TAKES)
-    train = order[~(tests | held)[order]][:limit]
+    check_limit(limit)
+    path = _find()
+    sound, digit, take = _load(path)
+    train, held, tests = _split(take, path)
+    train = train[:limit]
     clean = log_mel(sound)
     heard = clean if noise is None else log_mel(noisy(sound, noise))
 
+    def by_training(values: Tensor) -> Tensor:
+        return standardized(values, values[train].flatten(0, 1))
+
     def batches(chosen: Tensor, size: int, shuffle: bool = False) -> ArrayBatches:
-        views = {} if noise is None else {"clean": _standardized(clean, train)[chosen]}
-        inputs = _standardized(heard, train)[chosen]
-        return ArrayBatches(inputs, digit[chosen], size, shuffle=shuffle, views=views)
+        views = {} if noise is None else {"clean": by_training(clean)[chosen]}
+        return ArrayBatches(
+            by_training(heard)[chosen], digit[chosen], size, shuffle=shuffle, views=views
+        )
 
     return Task(
         train=batches(train, batch_size, shuffle=True),
-        validation=batches(held.nonzero()[:, 0], test_batch_size),
-        test=batches(tests.nonzero()[:, 0], test_batch_size),
+        validation=batches(held, test_batch_size),
+        test=batches(tests, test_batch_size),
         loss=cross_entropy,
         score=accuracy,
         name="FSDD" if noise is None else f"FSDD, {noise:g} dB",
@@ -107,13 +108,18 @@ def noisy(sound: Tensor, decibels: float) -> Tensor:
     return sound + white * (power / 10 ** (decibels / 10)).sqrt()
 
 
-def _standardized(values: Tensor, train: Tensor) -> Tensor:
-    known = values[train].flatten(0, 1)
-    return (values - known.mean(0)) / known.std(0).clamp_min(1e-3)
-
-
-def _among(take: Tensor, takes: range) -> Tensor:
-    return (take >= takes.start) & (take < takes.stop)
+def _split(take: Tensor, path: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Which recordings train, always in the same random order, which validate and which test."""
+    tests, held = (
+        torch.isin(take, torch.tensor(takes)) for takes in (TEST_TAKES, VALIDATION_TAKES)
+    )
+    order = torch.randperm(len(take), generator=torch.Generator().manual_seed(0))
+    parts = order[~(tests | held)[order]], held.nonzero()[:, 0], tests.nonzero()[:, 0]
+    for part, name in zip(parts, ("train on", "validate on", "test on"), strict=True):
+        if not len(part):
+            why = f"its {len(take)} recordings leave none to {name}: takes 0 to 4 test, 5 to 9 validate"
+            raise KIND.damaged(path, why)
+    return parts
 
 
 def _find() -> Path:
@@ -127,42 +133,38 @@ def _find() -> Path:
 def _load(path: Path) -> tuple[Tensor, Tensor, Tensor]:
     """Sound ``(recordings, samples)``, digits and takes ``(recordings,)``, in the order of the names."""
     found = []
-    try:
+    with KIND.readable(path):
         for name, file in _recordings(path):
             named = _NAME.fullmatch(name)
             if named:
-                found.append((named[2], int(named[1]), int(named[3]), _sound(file)))
-    except (OSError, EOFError, wave.Error, tarfile.TarError) as error:
-        raise _damaged(path, f"it cannot be read ({error})") from error
+                sound = _sound(file, f"{path}: {name}")
+                found.append((named[2], int(named[1]), int(named[3]), sound))
     if len(found) < 100:
-        raise _damaged(path, f"it holds {len(found)} recordings named like 7_jackson_32.wav")
+        why = f"it holds {len(found)} recordings named like 7_jackson_32.wav"
+        raise KIND.damaged(path, why)
     found.sort(key=lambda item: item[:3])
     _, digits, takes, sounds = zip(*found, strict=True)
     return torch.stack(sounds), torch.tensor(digits), torch.tensor(takes)
 
 
-def _recordings(path: Path) -> Iterator[tuple[str, BinaryIO | io.BytesIO]]:
+def _recordings(path: Path) -> Iterator[tuple[str, io.BytesIO]]:
     if path.is_dir():
         for file in sorted(path.glob("*.wav")):
             yield file.name, io.BytesIO(file.read_bytes())
         return
-    with tarfile.open(path) as archive:
+    with _files.archive(path) as archive:
         for member in archive:
             content = archive.extractfile(member) if member.name.endswith(".wav") else None
             if content is not None:
                 yield member.name, io.BytesIO(content.read())
 
 
-def _sound(file: BinaryIO | io.BytesIO) -> Tensor:
-    with wave.open(file, "rb") as recording:
+def _sound(file: io.BytesIO, place: str) -> Tensor:
+    with KIND.readable(place), wave.open(file, "rb") as recording:
         if (recording.getframerate(), recording.getsampwidth()) != (RATE, 2):
-            raise wave.Error("a recording is not 16-bit at 8 kHz")
+            raise KIND.damaged(place, "it is not 16-bit at 8 kHz")
         raw = np.frombuffer(recording.readframes(SAMPLES), dtype="<i2")
-    mono = raw.reshape(-1, recording.getnchannels()).mean(1) / 32768
+        mono = raw.reshape(-1, recording.getnchannels()).mean(1) / 32768
     sound = torch.zeros(SAMPLES)
     sound[: len(mono)] = torch.from_numpy(mono.astype(np.float32))
     return sound
-
-
-def _damaged(path: Path, why: str) -> InputError:
-    return InputError(f"{path} is not usable as FSDD: {why}. Delete it and get it anew.")

@@ -6,7 +6,6 @@ Workshop on Vision and Language 2016; arXiv 1605.00459)
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..core.optional import optional
 from ..core.registry import task
-from ..core.task import Task, evaluation
+from ..core.task import Task, evaluation, move
 from ..core.types import Batch
 from ..errors import InputError
 from . import _files
+from ._arrays import check_limit
 
 PARTS = ("train", "val", "test_2016_flickr")
+KIND = _files.Kind("Multi30k")
 PAD, START, END, UNKNOWN = 0, 1, 2, 3
 IGNORED = -100  # a target that counts neither in the loss nor in the score
 POOL = 50  # batches whose sentences are sorted by length together
@@ -55,33 +56,39 @@ def multi30k(
     Inputs are a dict: ``input_ids`` and ``attention_mask`` of the English sentence and
     ``decoder_input_ids``, the German one behind a start token, all ``(batch, length)``; the target is the
     German sentence with its end token, -100 beyond it. Both languages share one byte-pair vocabulary,
-    learnt on the training sentences in lower case. The loss is the cross-entropy a token, the score the
-    percent of tokens that are the most likely when the true sentence so far is known; for BLEU see
+    learnt on all training sentences in lower case. The loss is the cross-entropy a token, the score the
+    percent of all tokens that are the most likely when the true sentence so far is known; for BLEU see
     :func:`translate` and :func:`bleu`.
 
     Args:
-        vocabulary: tokens.
+        vocabulary: tokens, four for special purposes and one for each character among them; fewer are made
+            where the sentences have no more.
         batch_size: training pairs a batch.
         test_batch_size: pairs a batch of validation and test.
-        longest: tokens a sentence; longer ones are cut.
+        longest: tokens of an English sentence, and of a German one to train on, the end token among them;
+            longer ones are cut. The German sentences of validation and test are always whole.
         limit: train on at most so many pairs.
         smoothing: label smoothing of the loss.
 
     Raises:
         DataNotFound: the files are nowhere; they are not downloaded.
         MissingDependency: tokenizers, which comes with transformers, is not installed.
-        InputError: a file is damaged, or ``limit`` leaves nothing to train on.
+        InputError: a file is damaged, the files of a part do not fit together, or a number is too small.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"limit={limit} leaves nothing to train on: give at least 1, or none.")
-    text = {part: (_read(part, "en"), _read(part, "de")) for part in PARTS}
+    check_limit(limit)
+    if longest < 2:
+        raise InputError(f"longest={longest}: give at least 2, for one token and the end token.")
+    text = {part: _read(part) for part in PARTS}
     tokenizer = learn_tokenizer([s for side in text["train"] for s in side], vocabulary)
 
-    def pairs(
-        part: str, size: int, shuffle: bool = False, most: int | None = None
-    ) -> SentencePairs:
-        source, target = (_encode(tokenizer, side[:most], longest) for side in text[part])
-        return SentencePairs(source, target, size, shuffle=shuffle)
+    def pairs(part: str, size: int, training: bool = False) -> SentencePairs:
+        source, target = (side[:limit] if training else side for side in text[part])
+        return SentencePairs(
+            _encode(tokenizer, source, longest),
+            _encode(tokenizer, target, longest if training else None),
+            size,
+            shuffle=training,
+        )
 
     def loss(output: Any, target: Tensor) -> Tensor:
         logits = getattr(output, "logits", output)
@@ -90,7 +97,7 @@ def multi30k(
         )
 
     return TranslationTask(
-        train=pairs("train", batch_size, shuffle=True, most=limit),
+        train=pairs("train", batch_size, training=True),
         validation=pairs("val", test_batch_size),
         test=pairs("test_2016_flickr", test_batch_size),
         loss=loss,
@@ -178,15 +185,22 @@ def pair_batch(source: Sequence[Tensor], target: Sequence[Tensor], numbers: list
 
 
 def token_accuracy(output: Any, target: Tensor) -> Tensor:
-    """Percent of the tokens that are right, of each sentence, shape ``(batch,)``."""
+    """100 for each token that is right and 0 for each other one that counts, shape ``(tokens,)``.
+
+    One a token, not one a sentence, so that :func:`~lilliput.core.task.evaluate` averages over the tokens.
+    """
     logits = getattr(output, "logits", output)
-    counted = target != IGNORED
-    right: Tensor = (logits.argmax(-1) == target) & counted
-    return 100.0 * right.sum(1).float() / counted.sum(1)
+    right: Tensor = logits.argmax(-1) == target
+    return 100.0 * right[target != IGNORED].float()
 
 
 def learn_tokenizer(sentences: Sequence[str], vocabulary: int) -> Any:
-    """A byte-pair tokenizer of the ``tokenizers`` package, which gives words back with their spaces."""
+    """A byte-pair tokenizer of the ``tokenizers`` package, which gives words back with their spaces.
+
+    Raises:
+        InputError: the sentences have more different characters than the vocabulary has room for.
+        MissingDependency: tokenizers is not installed.
+    """
     tokenizers = optional("tokenizers", "transformers", "text", "the task 'multi30k'")
     made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
     made.normalizer = tokenizers.normalizers.Lowercase()
@@ -194,9 +208,14 @@ def learn_tokenizer(sentences: Sequence[str], vocabulary: int) -> Any:
     made.decoder = tokenizers.decoders.Metaspace()
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, show_progress=False
+        vocab_size=max(0, vocabulary), special_tokens=special, show_progress=False
     )
     made.train_from_iterator(sentences, trainer)
+    if made.get_vocab_size() > vocabulary:  # it takes in every character, whatever was asked
+        raise InputError(
+            f"vocabulary={vocabulary}: the sentences need at least {made.get_vocab_size()} tokens, "
+            f"{len(special)} special ones and one for each character. Give that many or more."
+        )
     return made
 
 
@@ -205,17 +224,19 @@ def translate(model: Any, task: TranslationTask, *, beams: int = 1, longest: int
     """Translations of the test sentences, in their order.
 
     Args:
-        model: has ``generate``, as encoder-decoders of transformers have.
+        model: has ``generate``, as encoder-decoders of transformers have; it translates where it is.
         task: of :func:`multi30k`.
         beams: hypotheses that the search keeps; 1 is greedy.
         longest: tokens a translation.
     """
     found: list[str] = []
+    device = next(model.parameters()).device
     with evaluation(model):
         for batch in task.reported:
+            inputs = move(batch, device).inputs
             made = model.generate(
-                input_ids=batch.inputs["input_ids"],
-                attention_mask=batch.inputs["attention_mask"],
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
                 num_beams=beams,
                 max_new_tokens=longest,
             )
@@ -224,7 +245,7 @@ def translate(model: Any, task: TranslationTask, *, beams: int = 1, longest: int
 
 
 def references(task: TranslationTask) -> list[str]:
-    """The test set's own translations, as the tokenizer gives them back: in lower case."""
+    """The test set's own translations, whole, as the tokenizer gives them back: in lower case."""
     pairs: Any = task.reported
     return list(task.tokenizer.decode_batch([target.tolist() for target in pairs.target]))
 
@@ -239,31 +260,40 @@ def bleu(found: Sequence[str], wanted: Sequence[str]) -> float:
     return float(sacrebleu.corpus_bleu(list(found), [list(wanted)]).score)
 
 
-def _encode(tokenizer: Any, sentences: Sequence[str], longest: int) -> list[Tensor]:
+def _encode(tokenizer: Any, sentences: Sequence[str], longest: int | None) -> list[Tensor]:
+    """Token numbers of each sentence with its end token, at most ``longest`` of them."""
+    words = None if longest is None else longest - 1
     encoded = tokenizer.encode_batch(list(sentences))
-    return [torch.tensor([*e.ids[: longest - 1], END]) for e in encoded]
+    return [torch.tensor([*e.ids[:words], END]) for e in encoded]
 
 
-def _read(part: str, language: str) -> list[str]:
+def _read(part: str) -> tuple[list[str], list[str]]:
+    """The English and the German sentences of a part."""
+    english, german = (_find(part, language) for language in ("en", "de"))
+    source, target = _lines(english), _lines(german)
+    if len(source) != len(target):
+        raise InputError(
+            f"{english} has {len(source):,} lines and {german} has {len(target):,}: pairs are found by "
+            "their line, so these are no translations of each other. Delete both and get them anew."
+        )
+    return source, target
+
+
+def _find(part: str, language: str) -> Path:
     names = [f"{part}.{language}.gz", f"{part}.{language}"]
     path = _files.find("multi30k", names)
     if path is None:
         raise _files.not_found(
             "multi30k", names, "Put the files into a folder D/multi30k and set LILLIPUT_DATA=D."
         )
-    try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8")
-            if path.suffix == ".gz"
-            else path.open(encoding="utf-8") as file
-        ):
-            lines = file.read().splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise _damaged(path, f"it cannot be read ({error})") from error
-    if not lines or not all(line.strip() for line in lines):
-        raise _damaged(path, "it has empty lines, and pairs are found by their line")
+    return path
+
+
+def _lines(path: Path) -> list[str]:
+    with KIND.readable(path):
+        text = _files.text(path)
+    # Not by splitlines(): a caption may hold characters that Unicode, too, calls line ends.
+    lines = text.removesuffix("\n").split("\n")
+    if not all(line.strip() for line in lines):
+        raise KIND.damaged(path, "it has empty lines, and pairs are found by their line")
     return lines
-
-
-def _damaged(path: Path, why: str) -> InputError:
-    return InputError(f"{path} is not usable as Multi30k: {why}. Delete it and get it anew.")

@@ -22,7 +22,7 @@ from ..core.optional import optional
 from ..core.registry import task
 from ..core.task import Task, accuracy
 from ..errors import InputError
-from ._arrays import ArrayBatches
+from ._arrays import ArrayBatches, standardized
 from ._images import SPLIT_SEED
 
 _TEST = 0.2
@@ -39,7 +39,7 @@ def diabetes(batch_size: int = 32, test_batch_size: int = 1000, validation: int 
     Args:
         batch_size: training patients a batch.
         test_batch_size: patients a batch of validation and test.
-        validation: patients held out for validation.
+        validation: patients held out for validation, at least 2.
 
     Raises:
         MissingDependency: scikit-learn is not installed.
@@ -51,8 +51,9 @@ def diabetes(batch_size: int = 32, test_batch_size: int = 1000, validation: int 
     """
     inputs, target = _load("diabetes")
     rows = _split(len(inputs), validation)
-    wanted = _standardized(target.float().unsqueeze(1), rows[0])
-    parts = _batches(_standardized(inputs, rows[0]), wanted, rows, batch_size, test_batch_size)
+    wanted = target.float().unsqueeze(1)
+    wanted = standardized(wanted, wanted[rows[0]])
+    parts = _batches(inputs, wanted, rows, batch_size, test_batch_size)
     score = VarianceExplained()
     return Task(*parts, mse_loss, score, "diabetes", "variance explained, %")
 
@@ -67,7 +68,7 @@ def breast_cancer(batch_size: int = 32, test_batch_size: int = 1000, validation:
     Args:
         batch_size: training tumors a batch.
         test_batch_size: tumors a batch of validation and test.
-        validation: tumors held out for validation.
+        validation: tumors held out for validation, at least 2.
 
     Raises:
         MissingDependency: scikit-learn is not installed.
@@ -79,7 +80,7 @@ def breast_cancer(batch_size: int = 32, test_batch_size: int = 1000, validation:
     """
     inputs, target = _load("breast_cancer")
     rows = _split(len(inputs), validation)
-    parts = _batches(_standardized(inputs, rows[0]), target, rows, batch_size, test_batch_size)
+    parts = _batches(inputs, target, rows, batch_size, test_batch_size)
     return Task(*parts, cross_entropy, accuracy, "breast cancer", "accuracy, %")
 
 
@@ -107,8 +108,17 @@ class VarianceExplained:
         self._seen.append((output.detach().double().cpu(), target.double().cpu()))
 
     def compute(self) -> float:
-        """The score of all batches since the last reset."""
+        """The score of all batches since the last reset.
+
+        Raises:
+            InputError: the targets are all equal.
+        """
         output, target = (torch.cat(part) for part in zip(*self._seen, strict=True))
+        if (target == target[:1]).all():
+            raise InputError(
+                f"variance explained: the {len(target)} targets are all equal, so there is no variance to "
+                "explain. Score on more samples."
+            )
         missed = (output - target).square().sum()
         return float(100 * (1 - missed / (target - target.mean(0)).square().sum()))
 
@@ -122,18 +132,13 @@ def _load(name: str) -> tuple[Tensor, Tensor]:
 def _split(rows: int, validation: int) -> tuple[Tensor, Tensor, Tensor]:
     """Which rows train, validate and test."""
     test = round(_TEST * rows)
-    if not 1 <= validation <= rows - test - 2:
+    if not 2 <= validation <= rows - test - 2:
         raise InputError(
-            f"validation={validation} of {rows - test} rows beside the test set: give 1 to "
-            f"{rows - test - 2}."
+            f"validation={validation} of {rows - test} rows beside the test set: give 2 to "
+            f"{rows - test - 2}, for one row has no variance."
         )
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(SPLIT_SEED))
     return order[test + validation :], order[test : test + validation], order[:test]
-
-
-def _standardized(values: Tensor, train: Tensor) -> Tensor:
-    known = values[train]
-    return (values - known.mean(0)) / known.std(0)
 
 
 def _batches(
@@ -143,6 +148,7 @@ def _batches(
     batch_size: int,
     test_batch_size: int,
 ) -> tuple[ArrayBatches, ArrayBatches, ArrayBatches]:
+    inputs = standardized(inputs, inputs[rows[0]])
     train, validation, test = ((inputs[part], target[part]) for part in rows)
     return (
         ArrayBatches(*train, batch_size, shuffle=True),

@@ -15,8 +15,6 @@ Boxes there count pixels from 1 and include the last one; here they are continuo
 
 from __future__ import annotations
 
-import io
-import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,14 +27,15 @@ import torch
 from torch import Tensor
 
 from ..core.digests import mix
-from ..core.optional import optional
 from ..core.registry import task
 from ..core.task import Task
 from ..core.types import Batch
 from ..errors import DataNotFound, InputError, LilliputWarning, UnknownName
 from ..mechanisms.detection import detection_loss
-from ._arrays import ArrayBatches
+from . import _files
+from ._arrays import ArrayBatches, check_limit
 from ._average_precision import MeanAveragePrecision
+from ._images import normalized
 
 __all__ = [
     "BoxBatches",
@@ -48,10 +47,12 @@ __all__ = [
     "voc_task",
 ]
 
-# Of ImageNet's images, scaled to [0, 1]: what published backbones were trained with.
-MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-DEVIATION = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 HORIZONTAL, VERTICAL = -1, -2
+_ARCHIVE = _files.Kind("a tar file")
+_IMAGE, _ANNOTATION, _LIST = (
+    _files.Kind(name, "Get it anew, or take it off the list.")
+    for name in ("an image", "an annotation", "a list of images")
+)
 
 
 @dataclass
@@ -152,8 +153,7 @@ def voc_task(
         flips: see :class:`BoxBatches`.
         limit: train on at most so many images.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"limit={limit} leaves nothing to train on: give at least 1, or none.")
+    check_limit(limit)
     if min(size) < 1:
         raise InputError(f"images of {size[0]}x{size[1]} pixels have no pixel: give 1 or more.")
     files = _Files(path)
@@ -253,12 +253,6 @@ def flipped(images: Tensor, target: Tensor, dim: int, which: Tensor) -> tuple[Te
     )
 
 
-def normalized(images: Tensor) -> Tensor:
-    """Bytes as numbers of about the size 1."""
-    mean, deviation = MEAN.to(images.device), DEVIATION.to(images.device)
-    return images.float().div_(255).sub_(mean).div_(deviation)
-
-
 # -- files --------------------------------------------------------------------------------------
 
 
@@ -318,26 +312,28 @@ class _Files:
                 f"{path} does not exist: give a folder with ImageSets, or a tar file."
             )
 
-    def read(self, name: str) -> bytes:
+    def place(self, name: str) -> str:
+        """How errors call a file."""
+        return f"{self.path}: {name}"
+
+    def read(self, name: str, kind: _files.Kind) -> bytes:
         """The content of a file.
 
         Raises:
             InputError: it is missing or cannot be read.
         """
-        try:
-            return self._read(name)
-        except (OSError, KeyError) as error:
-            raise damaged(self.path, name, "it is missing or cannot be read") from error
+        with kind.readable(self.place(name)):
+            try:
+                return self._read(name)
+            except (FileNotFoundError, KeyError) as error:
+                raise kind.damaged(self.place(name), "it is missing") from error
 
 
 def _unpacked(path: Path) -> dict[str, bytes]:
     """All files of a tar file, by their names below the folder that holds ``ImageSets``."""
-    try:
-        with tarfile.open(path) as archive:
-            found = {m.name: archive.extractfile(m) for m in archive.getmembers() if m.isfile()}
-            content = {name: stream.read() for name, stream in found.items() if stream is not None}
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise InputError(f"{path} cannot be read as a tar file ({error}). Get it anew.") from error
+    with _ARCHIVE.readable(path), _files.archive(path) as archive:
+        found = {m.name: archive.extractfile(m) for m in archive.getmembers() if m.isfile()}
+        content = {name: stream.read() for name, stream in found.items() if stream is not None}
     roots = {name.partition("ImageSets/Main/")[0] for name in content if "ImageSets/Main/" in name}
     if len(roots) != 1:
         raise InputError(f"{path} holds {len(roots)} folders with ImageSets/Main instead of one.")
@@ -359,10 +355,7 @@ def read_voc(source: str | Path | _Files, split: str, size: tuple[int, int]) -> 
         MissingDependency: pillow is not installed.
     """
     files = source if isinstance(source, _Files) else _Files(Path(source))
-    text = files.read(f"ImageSets/Main/{split}.txt").decode(errors="replace")
-    names = [line.split()[0] for line in text.splitlines() if line.strip()]
-    if not names:
-        raise damaged(files.path, f"ImageSets/Main/{split}.txt", "it names no image")
+    names = _names(files, f"ImageSets/Main/{split}.txt")
     pixels = torch.empty(len(names), 3, *size, dtype=torch.uint8)
     labels, dropped = [], 0
     for number, name in enumerate(names):
@@ -373,32 +366,30 @@ def read_voc(source: str | Path | _Files, split: str, size: tuple[int, int]) -> 
     return VocImages(names, pixels, labels, dropped)
 
 
+def _names(files: _Files, name: str) -> list[str]:
+    lines = files.read(name, _LIST).decode(errors="replace").splitlines()
+    names = [line.split()[0] for line in lines if line.strip()]
+    if not names:
+        raise _LIST.damaged(files.place(name), "it names no image")
+    return names
+
+
 def _image(files: _Files, name: str, size: tuple[int, int]) -> tuple[Tensor, tuple[float, float]]:
     """Bytes ``(3, height, width)``, and the factors of width and height that made them."""
-    pillow = optional("PIL.Image", "pillow", "data", f"decoding the images of {files.path}")
-    try:
-        image = pillow.open(io.BytesIO(files.read(name)))
+    with _IMAGE.picture(files.read(name, _IMAGE), files.place(name)) as image:
         scale = size[1] / image.width, size[0] / image.height
         image.draft("RGB", size[::-1])  # a JPEG can be decoded at half its size in half the time
-        image = image.convert("RGB").resize(size[::-1], pillow.Resampling.BILINEAR)
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise damaged(files.path, name, f"it cannot be decoded ({error})") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1), scale
+        pixels = np.array(image.convert("RGB").resize(size[::-1], _files.BILINEAR))
+    return torch.from_numpy(pixels).permute(2, 0, 1), scale
 
 
 def _objects(
     files: _Files, name: str, scale: tuple[float, float], size: tuple[int, int]
 ) -> list[Label]:
     """The objects of one image, inside it, in its new pixels."""
-    try:
-        found = ElementTree.fromstring(files.read(name)).findall("object")
+    with _ANNOTATION.readable(files.place(name)):
+        found = ElementTree.fromstring(files.read(name, _ANNOTATION)).findall("object")
         return [_object(entry, scale, size) for entry in found]
-    except (ElementTree.ParseError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise damaged(files.path, name, f"it is no annotation ({error})") from error
 
 
 def _object(entry: ElementTree.Element, scale: tuple[float, float], size: tuple[int, int]) -> Label:
@@ -426,8 +417,3 @@ def _number(entry: ElementTree.Element, name: str) -> float:
 
 def _has_area(box: tuple[float, float, float, float]) -> bool:
     return box[0] < box[2] and box[1] < box[3]
-
-
-def damaged(path: Path, name: str, why: str) -> InputError:
-    """The error for a file that cannot be used."""
-    return InputError(f"{path}: {name} is not usable: {why}. Get it anew, or take it off the list.")
