@@ -65,8 +65,6 @@ def parts(model: nn.Module, whole: Mapping[str, Tensor] | None = None) -> dict[s
 def _form(weight: Weight, value: Tensor) -> dict[str, Part]:
     """What stands for a weight in a file, by its encoding; nothing for plain numbers."""
     name = weight.name
-    if (codebook := encoding_of(weight, Codebook)) is not None:
-        return _coded(name, value, codebook, original_of(weight))
     if encoding_of(weight, IntegerGrid) is not None:
         return {name: _few_values(value)}
     if (grid := _grid_of(weight, value)) is not None:
@@ -77,6 +75,8 @@ def _form(weight: Weight, value: Tensor) -> dict[str, Part]:
     if (pair := _factors_in(weight, value)) is not None:
         sides = zip((_LEFT, _RIGHT), pair, strict=True)
         return {f"{side}{name}": _to_numpy(factor) for side, factor in sides}
+    if (codebook := encoding_of(weight, Codebook)) is not None:
+        return _coded(name, value, codebook, original_of(weight))
     return {}
 
 

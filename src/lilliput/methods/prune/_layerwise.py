@@ -98,8 +98,9 @@ def write(model: nn.Module, tensor: str, value: Tensor) -> None:
 
 
 def _nearest_codes(codebook: Codebook, centroids: Tensor, value: Tensor) -> Tensor:
-    _, values = codebook.table(centroids.detach())
-    first = int(codebook.members()[1] is None)  # the code of the first value: 0 stands for zero
+    has_zeros = codebook.members()[1] is not None
+    values = torch.cat([centroids.new_zeros(int(has_zeros)), centroids])
+    first = int(not has_zeros)  # the code of the first value: 0 stands for zero
     ascending, order = values.sort()
     above = torch.searchsorted(ascending, value.contiguous()).clamp(1, len(values) - 1)
     lower = (value - ascending[above - 1]).abs() <= (ascending[above] - value).abs()
