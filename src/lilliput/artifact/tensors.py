@@ -56,20 +56,29 @@ class Coded:
 
     @classmethod
     def of(cls, values: NDArray[Any], *, frequent_first: bool = False) -> Coded:
-        """The codes of a tensor that has at most 256 values.
+        """The codes of a tensor of few values, at most 65,536.
 
         Args:
-            values: of any shape.
+            values: of any shape; they are kept in 32 bits, and the sign of zero is not.
             frequent_first: give code 0 to the value that most entries have, instead of to zero.
+
+        Raises:
+            InputError: there are more values, or one that 32 bits do not hold.
 
         Example:
             >>> Coded.of(np.array([5.0, 0.0, 5.0])).codebook.tolist()
             [0.0, 5.0]
         """
-        table, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        table, inverse, counts = _distinct(values)
         order = np.argsort(-counts if frequent_first else table != 0, kind="stable")
-        codes = np.argsort(order, kind="stable")[inverse].reshape(values.shape)
-        return cls(codes.astype(np.uint8), table[order].astype(np.float32))
+        book = table[order].astype(np.float32) + np.float32(0)
+        if not np.array_equal(book, table[order], equal_nan=True):
+            raise InputError(
+                f"a codebook holds float32, and some of these {values.dtype} values are none."
+            )
+        narrow: type[np.unsignedinteger] = np.uint8 if len(book) <= 256 else np.uint16
+        codes = np.argsort(order, kind="stable").astype(narrow)[inverse].reshape(values.shape)
+        return cls(codes, book if len(book) else np.zeros(1, np.float32))
 
     def __post_init__(self) -> None:
         if self.codes.dtype not in (np.uint8, np.uint16):
@@ -90,6 +99,27 @@ class Coded:
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
         return self.codes.shape
+
+
+def _distinct(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.intp]]:
+    """The values that occur, ascending; for each entry the number of its own; how often each occurs."""
+    flat = values.reshape(-1)
+    small = flat.astype(np.int16) if _has_small_range(flat) else None
+    if small is None or not np.array_equal(small, flat):
+        return np.unique(flat, return_inverse=True, return_counts=True)
+    low = int(small.min())  # whole numbers are counted; sorting them takes several times as long
+    counts = np.bincount((small - low).astype(np.uint8))
+    occurs = counts.nonzero()[0]
+    numbers = np.zeros(len(counts), np.intp)
+    numbers[occurs] = np.arange(len(occurs))
+    return (occurs + low).astype(values.dtype), numbers[small - low], counts[occurs]
+
+
+def _has_small_range(flat: NDArray[Any]) -> bool:
+    if not flat.size or flat.dtype.kind not in "fiu":
+        return False
+    low, high = float(flat.min()), float(flat.max())  # of not-a-number all comparisons are false
+    return -(1 << 14) <= low <= high < 1 << 14 and high - low < 256
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from .. import artifact
 from ..artifact import BFloat16, Coded
 from ..core.select import Weight, weights
-from ..errors import CorruptArtifact, ModelMismatch
+from ..errors import CorruptArtifact, InputError, ModelMismatch
 from ..measure import effective_state
+from ..mechanisms.arrays import to_numpy
 from ..mechanisms.encodings import (
     Binary,
     Codebook,
@@ -55,11 +56,26 @@ def parts(model: nn.Module, whole: Mapping[str, Tensor] | None = None) -> dict[s
     for weight in weights(model):
         forms |= _form(weight, whole.get(weight.name, weight.value).detach())
     plain = {
-        name: forms.get(name) or _to_numpy(tensor)
+        name: forms.get(name) or _plain(name, tensor)
         for name, tensor in ({**effective_state(model), **whole}).items()
         if f"{_LEFT}{name}" not in forms
     }
     return plain | {name: form for name, form in forms.items() if name not in plain}
+
+
+def _plain(name: str, tensor: Tensor) -> Part:
+    if name.startswith((_SCALES, _LEFT, _RIGHT, "tasks/")):
+        raise InputError(
+            f"the name {name!r} cannot be saved: in a file {name.partition('/')[0]}/ stands before what "
+            "belongs to another tensor. Rename the module or the buffer."
+        )
+    try:
+        return to_numpy(tensor)
+    except (RuntimeError, TypeError) as error:  # of a meta tensor, a sparse one, 8-bit floats
+        raise InputError(
+            f"{name} cannot be saved, a {tensor.dtype} ({tensor.layout}, on {tensor.device}): {error}. "
+            "Convert it to an ordinary tensor first."
+        ) from error
 
 
 def _form(weight: Weight, value: Tensor) -> dict[str, Part]:
@@ -69,12 +85,12 @@ def _form(weight: Weight, value: Tensor) -> dict[str, Part]:
         return {name: _few_values(value)}
     if (grid := _grid_of(weight, value)) is not None:
         integers = _few_values(grid.integers(value))
-        return {name: integers, f"{_SCALES}{name}": _to_numpy(grid.step.flatten())}
+        return {name: integers, f"{_SCALES}{name}": to_numpy(grid.step.flatten())}
     if (binary := encoding_of(weight, Binary)) is not None:
         return _signs(name, value, binary)
     if (pair := _factors_in(weight, value)) is not None:
         sides = zip((_LEFT, _RIGHT), pair, strict=True)
-        return {f"{side}{name}": _to_numpy(factor) for side, factor in sides}
+        return {f"{side}{name}": to_numpy(factor) for side, factor in sides}
     if (codebook := encoding_of(weight, Codebook)) is not None:
         return _coded(name, value, codebook, original_of(weight))
     return {}
@@ -89,7 +105,7 @@ def _signs(name: str, value: Tensor, binary: Binary) -> dict[str, Part]:
     signs = value / divisor.view(-1, *[1] * (value.ndim - 1))
     if not torch.equal(signs, signs.sign()):
         return {}
-    return {name: _few_values(signs), f"{_SCALES}{name}": _to_numpy(scale)}
+    return {name: _few_values(signs), f"{_SCALES}{name}": to_numpy(scale)}
 
 
 def _factors_in(weight: Weight, value: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -123,21 +139,16 @@ def _coded(name: str, value: Tensor, codebook: Codebook, centroids: Tensor) -> d
             torch.where(value == 0, 0, codebook.codes),
             torch.cat([table.new_zeros(1), centroids.detach()]),
         )
-    if not torch.equal(table[codes.long()], value):  # what several tasks share is of other values
+    held = table.float()
+    # What several tasks share is of other values; values of 64 bits are none of 32.
+    if not torch.equal(held.to(value.dtype)[codes.long()], value):
         return {}
     narrow = np.uint8 if len(table) <= 256 else np.uint16
-    return {name: Coded(codes.cpu().numpy().astype(narrow), table.float().cpu().numpy())}
+    return {name: Coded(codes.cpu().numpy().astype(narrow), held.cpu().numpy())}
 
 
 def _few_values(value: Tensor) -> Coded:
     return Coded.of(value.detach().cpu().float().numpy())
-
-
-def _to_numpy(tensor: Tensor) -> np.ndarray | BFloat16:
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return BFloat16(tensor.view(torch.int16).numpy().view(np.uint16))
-    return tensor.numpy()
 
 
 def tied_names(state: dict[str, Tensor]) -> dict[str, str]:
@@ -152,6 +163,8 @@ def tied_names(state: dict[str, Tensor]) -> dict[str, str]:
     first: dict[tuple[Any, ...], str] = {}
     tied = {}
     for name, tensor in state.items():
+        if tensor.layout is not torch.strided:
+            continue
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and first.setdefault(place, name) != name:
             tied[name] = first[place]
@@ -222,12 +235,18 @@ def grids_in(file: artifact.Artifact) -> dict[str, tuple[int, Tensor]]:
         raise _no_grids(grids)
     found = {name: (bits, _to_torch(file, f"{_SCALES}{name}")) for name, bits in grids.items()}
     for name, (bits, step) in found.items():
-        integers = _to_torch(file, name)
-        whole = bool((integers == integers.round()).all())
-        fits = len(step) == len(integers) and bool(step.isfinite().all() and (step > 0).all())
-        if not whole or not fits or integers.abs().amax() > 2 ** (bits - 1) - 1:
+        if not _is_grid(_to_torch(file, name), bits, step):
             raise _no_grids(name)
     return found
+
+
+def _is_grid(integers: Tensor, bits: int, step: Tensor) -> bool:
+    sound = integers.is_floating_point() and step.is_floating_point() and integers.numel() > 0
+    if not sound or integers.ndim == 0 or step.shape != integers.shape[:1]:
+        return False
+    positive = bool(step.isfinite().all() and (step > 0).all())
+    whole = bool((integers == integers.round()).all())
+    return positive and whole and float(integers.abs().amax()) <= 2 ** (bits - 1) - 1
 
 
 def _no_grids(said: Any) -> CorruptArtifact:
@@ -277,7 +296,9 @@ def multiplied(state: dict[str, Tensor], own: dict[str, Tensor], path: Any) -> d
 
 
 def _fit(left: Tensor, right: Tensor) -> bool:
-    return left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0]
+    same = left.dtype == right.dtype and left.is_floating_point()
+    sound = same and left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0]
+    return sound and bool(left.isfinite().all() and right.isfinite().all())
 
 
 def put_factors(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -286,5 +307,4 @@ def put_factors(model: nn.Module, state: dict[str, Tensor]) -> None:
     for name in [name for name in state if name in known]:
         weight, left = known[name], state[name]
         right = state[f"{_RIGHT}{weight.name}"]
-        encode(weight, LowRank(left.shape[1], len(left), right.shape[1]))
-        original_of(weight).data.copy_(torch.cat([left.T, right], dim=1))
+        encode(weight, LowRank.of(left, right))

@@ -27,7 +27,9 @@ class Codebook(Encoding):
     """
 
     kind = "codebook"
-    depth = -1  # inside a grid: its values go to the grid, while a list of values has no filters to scale
+    depth = (
+        -1
+    )  # inside a grid: its values go to the grid, while a list of values has no filters to scale
     codes: Tensor
 
     def __init__(self, codes: Tensor, centroids: Tensor, book: str = "") -> None:

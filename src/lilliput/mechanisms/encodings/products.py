@@ -31,11 +31,19 @@ class LowRank(Encoding):
     def __init__(self, rank: int, rows: int, columns: int) -> None:
         super().__init__()
         self.rank, self.rows, self.columns = rank, rows, columns
+        self._start: Tensor | None = None
 
     @classmethod
     def empty(cls, like: Tensor, settings: dict[str, Any]) -> LowRank:
         """One for a weight of this shape, to be filled."""
         return cls(rows=like.shape[0], columns=like.shape[1], **settings)
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor) -> LowRank:
+        """The product of these factors, which train."""
+        made = cls(left.shape[1], len(left), right.shape[1])
+        made._start = torch.cat([left.T, right], dim=1)
+        return made
 
     def settings(self) -> dict[str, Any]:
         """The rank."""
@@ -48,6 +56,9 @@ class LowRank(Encoding):
                 f"a {self.rows} x {self.columns} matrix is a product of rank {self.rank}: it cannot be cut "
                 f"to {' x '.join(map(str, value.shape))}. Remove channels first, and factorize then."
             )
+        if self._start is not None:
+            start, self._start = self._start, None
+            return start.to(value).clone()
         left, size, right = torch.linalg.svd(value.detach().double(), full_matrices=False)
         root = size[: self.rank].sqrt()
         both = torch.cat([left[:, : self.rank] * root, right[: self.rank].T * root])
