@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import lilliput
+from lilliput import Stage
 from lilliput.core.select import weights
+from lilliput.errors import InputError
 from lilliput.mechanisms.encodings import Codebook, StepGrid, encoding_of, original_of
 from lilliput.testing import NETWORKS
 from lilliput.testing.contract import Trained, stage_of
@@ -56,5 +58,15 @@ def test_values_that_are_shared_on_a_grid_stay_on_it(
     assert both
     for weight in both:
         grid = encoding_of(weight, StepGrid)
-        assert grid is not None and [e.kind for e in weight.encodings()][0] == "codebook"
+        assert grid is not None and weight.encodings()[0].kind == "codebook"
         torch.testing.assert_close(grid.integers(weight.value) * grid.step, weight.value)
+
+
+@pytest.mark.parametrize("later", ["surgeon", "energy_aware", "post_training", "learned_step"])
+def test_a_linear_layer_that_looks_up_is_not_taken_for_one_that_multiplies(
+    later: str, tmp_path: Path
+) -> None:
+    """Trees and additive models have such layers; their inputs are places, not numbers."""
+    stages = [stage_of([EXAMPLES["transparent"]], MLP), Stage(methods=[EXAMPLES[later]])]
+    with pytest.raises(InputError, match=r"leaves|layers"):
+        lilliput.compress(MLP.build(), MLP.task(), stages, directory=tmp_path)

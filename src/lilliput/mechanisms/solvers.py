@@ -36,7 +36,12 @@ def solvable(layer: nn.Module) -> bool:
     """Whether rows of the layer can be drawn: linear or convolution, if transposed then ungrouped."""
     if isinstance(layer, _Transposed):
         return layer.groups == 1
-    return isinstance(layer, nn.Linear | _Conv)
+    return is_linear(layer) or isinstance(layer, _Conv)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer multiplies its input by its weight; with a ``forward`` of its own it may do anything."""
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
 
 
 def matrix(layer: Any) -> Tensor:

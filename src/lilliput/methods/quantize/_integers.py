@@ -38,6 +38,7 @@ from ...mechanisms.encodings import (
 )
 from ...mechanisms.flow import Flows, flows
 from ...mechanisms.ranges import Calibration, calibrate, grid_of, range_of, steps_of
+from ...mechanisms.solvers import is_linear
 from ._bits_by_loss import losses, spread_bits
 
 FewBits = Annotated[int, Field(ge=2, le=8)]
@@ -179,7 +180,7 @@ class IntegerMethod(LayerMethod):
 
 
 def _possible(weight: Weight) -> bool:
-    kinds = isinstance(weight.module, nn.Linear | _CONVOLUTIONS)
+    kinds = is_linear(weight.module) or isinstance(weight.module, _CONVOLUTIONS)
     return kinds and not isinstance(weight.module, _TRANSPOSED) and weight.tensor == "weight"
 
 
