@@ -40,7 +40,7 @@ def solvable(layer: nn.Module) -> bool:
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer multiplies its input by its weight; with a ``forward`` of its own it may do anything."""
+    """Whether a layer multiplies its input by its weight; one with its own ``forward`` may do anything."""
     return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
 
 
