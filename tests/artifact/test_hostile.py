@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import os
 import re
 import resource
 import subprocess
@@ -18,12 +20,21 @@ import pytest
 from safetensors.numpy import save_file
 
 from lilliput import artifact
-from lilliput.artifact import Coded, huffman, streams
+from lilliput.artifact import Coded, huffman, json_text, streams
+from lilliput.artifact import container_compact as compact
 from lilliput.artifact import format as layout
 from lilliput.artifact.bits import Bytes, varint
 from lilliput.artifact.codecs import CODECS
 from lilliput.artifact.container_safetensors import SEAL
-from lilliput.errors import ArtifactError, ArtifactTooLarge, CorruptArtifact, UnsupportedArtifact
+from lilliput.artifact.deflate import DEFAULT, deflate
+from lilliput.artifact.writer import _refused
+from lilliput.errors import (
+    ArtifactError,
+    ArtifactTooLarge,
+    CorruptArtifact,
+    InputError,
+    UnsupportedArtifact,
+)
 
 PROFILES = ("safetensors", "compact")
 
@@ -154,12 +165,22 @@ def test_a_huge_claim_costs_nothing(tmp_path, profile):
 
 def test_the_cap_is_the_callers(tmp_path):
     path = tmp_path / "file"
-    artifact.write(path, {"a": np.ones(1000, np.float32), "b": np.ones(1000, np.float32)})
+    plain = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    artifact.write(path, {"a": plain, "b": plain})
     assert len(artifact.read(path, max_bytes=8000)) == 2
     with pytest.raises(ArtifactTooLarge, match="8,000 bytes, above the cap of 7,999"):
         artifact.read(path, max_bytes=7999)
     with artifact.open(path, max_bytes=4000) as file:
-        assert file.dense("a").sum() == 1000
+        assert np.array_equal(file.dense("a"), plain)
+
+
+def test_the_cap_holds_for_what_a_decoder_takes_too(tmp_path):
+    artifact.write(tmp_path / "file", {"a": np.ones(1000, np.float32)})
+    with (
+        artifact.open(tmp_path / "file", max_bytes=31_999) as file,
+        pytest.raises(ArtifactTooLarge, match=r"decoding a chunk .* 32,000 bytes"),
+    ):
+        file.dense("a")
 
 
 def gap(runs, symbols, escape=255, escapes=0, stored=bytes([0])):
@@ -180,6 +201,7 @@ BAD_CHUNKS = [
     ("deep_compression", varint(1) + bytes([9]), "9-bit"),
     ("deep_compression", varint(2) + bytes([8, 0, 90, 90, 0, 1, 1]), "beyond"),
     ("deep_compression", varint(2) + bytes([8, 3]), "mode 3"),
+    ("deep_compression", varint(1) + bytes([1, 0, 9, 0, 1]), "gap 9 does not fit a 1-bit"),
     ("packed", bytes([17]), "17 bits"),
     ("packed", bytes([9]) + bytes(113), "9 bits"),
     ("packed", bytes([4]) + bytes(49), "50 bytes are needed"),
@@ -197,9 +219,45 @@ def test_a_sealed_payload_that_no_writer_wrote(tmp_path, codec, chunk, words):
     path = tmp_path / "file"
     book = np.arange(9, dtype=np.float32)
     artifact.write(path, {"first": Coded(np.zeros((10, 10), np.uint8), book)}, codec=codec)
-    reseal(path, payload=book.tobytes() + chunk, nonzeros=0)
+    reseal(path, payload=book.astype(np.float16).tobytes() + chunk, nonzeros=0)
     with pytest.raises(CorruptArtifact, match=f"tensor 'first'.*{words}"):
         read(path)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_boolean_is_0_or_1(tmp_path, codec):
+    path = tmp_path / "file"
+    artifact.write(path, {"first": np.array([True, False, True])})
+    reseal(path, codec=codec, payload=bytes(CODECS[codec].encode(np.array([1, 0, 2], np.uint8))))
+    with pytest.raises(CorruptArtifact, match=r"tensor 'first'.*code 2 of 2"):
+        read(path)
+
+
+@pytest.mark.parametrize("unit", [b"[],", b'{"":{}},', b"[[[[[[[[]]]]]]]],"])
+def test_a_header_that_inflates_to_much_more_is_not_inflated(tmp_path, unit):
+    text = b'{"t":[],"figures":[' + unit * (15_999_900 // len(unit)) + b"0]}"
+    body = varint(0) + varint(len(text)) + deflate(text, DEFAULT)
+    head = compact.MAGIC + bytes([1]) + varint(len(body)) + body
+    (tmp_path / "file").write_bytes(head + zlib.crc32(head).to_bytes(4, "little"))
+    del text
+    tracemalloc.start()
+    with pytest.raises(CorruptArtifact, match="header counts 1599"):
+        artifact.open(tmp_path / "file")
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(enabled):
+    was = gc.isenabled()
+    try:
+        gc.enable() if enabled else gc.disable()
+        for text in ("{}", "{", '{"a":1,"a":1}'):
+            with contextlib.suppress(CorruptArtifact):
+                json_text.load(text)
+            assert gc.isenabled() == enabled
+    finally:
+        gc.enable() if was else gc.disable()
 
 
 def test_a_deflate_stream_of_another_length():
@@ -298,6 +356,8 @@ def one(dtype="U8", at=0, **changes):
         (header('{"v":1,"t":{},"q":"lz"}'), CorruptArtifact, "no list"),
         (header('{"v":1,"v":1,"t":{}}'), CorruptArtifact, "twice"),
         (header('{"v":1,"t":{"a":{},"a":{}}}'), CorruptArtifact, "twice"),
+        (header('{"v":1,"t":{},"figures":NaN}'), CorruptArtifact, "NaN"),
+        (header('{"v":1,"t":{},"figures":[-Infinity]}'), CorruptArtifact, "-Infinity"),
         (header('{"v":1,"t":[]}'), CorruptArtifact, "no.*object|not a JSON object"),
         (header("[" * 100_000), CorruptArtifact, "JSON is broken"),
         (header("9" * 5000), CorruptArtifact, "JSON is broken"),
@@ -393,6 +453,30 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         artifact.write(tmp_path / "file", tensors())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs permissions and links")
+def test_permissions_and_links_stay(tmp_path):
+    path, link = tmp_path / "file", tmp_path / "link"
+    artifact.write(path, tensors())
+    path.chmod(0o600)
+    link.symlink_to("file")
+    artifact.write(link, {"w": np.ones(3)}, figures={})
+    artifact.annotate(link, link, figures={"score": 1})
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(artifact.read(path)) == ["w"]
+    artifact.write(tmp_path / "new", tensors())
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_folder_is_not_called_an_untouched_file(tmp_path):
+    assert "untouched" not in _refused(tmp_path, OSError(21, "Is a directory"))
+    with pytest.raises(InputError, match="a folder or nothing"):
+        artifact.write(tmp_path, tensors())
     assert not list(tmp_path.iterdir())
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, BinaryIO
 
 from lilliput.artifact.bits import Bytes, varint
-from lilliput.artifact.deflate import DEFAULT, deflate, inflate
+from lilliput.artifact.deflate import DEFAULT, HUFFMAN_ONLY, deflate, inflate
 from lilliput.artifact.entries import (
     CODEC_NAMES,
     DTYPE_NAMES,
@@ -23,28 +23,41 @@ from lilliput.errors import CorruptArtifact, UnsupportedArtifact
 
 MAGIC = b"\x8aLLP"
 _LONGEST_START = len(MAGIC) + 1 + 9  # magic, version, length of the header
-_BEST_RATIO = 1032  # of deflate
+#: The most that a document may inflate to: so much, and so much for each of its deflated bytes.
+#: Deflate reaches a ratio of 1032, and parsed JSON takes a multiple of its text again.
+_FREE_BYTES, _BEST_RATIO = 1 << 16, 64
 
 
 def seal(document: Document) -> tuple[bytes, list[str]]:
     """The header, and the names in the order of their payloads."""
     names = list(document.entries)
-    table = b"".join(_to_bytes(entry, names) for entry in document.entries.values())
+    numbers = {name: number for number, name in enumerate(names, 1)}
+    table = b"".join(_to_bytes(entry, numbers) for entry in document.entries.values())
     inner: dict[str, Any] = {"q": document.required} if document.required else {}
     text = dump(inner | {"t": names, **document.sections}).encode()
-    body = varint(len(names)) + table + varint(len(text)) + deflate(text, DEFAULT)
+    body = varint(len(names)) + table + varint(len(text)) + _deflated(text)
     unsealed = MAGIC + bytes([VERSION]) + varint(len(body)) + body
     return unsealed + zlib.crc32(unsealed).to_bytes(4, "little"), names
 
 
-def _to_bytes(entry: Entry, names: list[str]) -> bytes:
+def _deflated(text: bytes) -> bytes:
+    """The document, in more bytes where a reader would not believe that so few of them hold it."""
+    coded = deflate(text, DEFAULT)
+    return coded if len(text) <= _most_inflated(len(coded)) else deflate(text, HUFFMAN_ONLY)
+
+
+def _most_inflated(deflated: int) -> int:
+    return min(LARGEST_HEADER, _FREE_BYTES + _BEST_RATIO * deflated)
+
+
+def _to_bytes(entry: Entry, numbers: dict[str, int]) -> bytes:
     dtypes = DTYPE_NAMES.index(entry.dtype) << 4 | DTYPE_NAMES.index(entry.stored)
-    numbers = [CODEC_NAMES.index(entry.codec), dtypes, len(entry.shape), *entry.shape]
-    numbers += [entry.nonzeros, entry.rows, entry.levels]
+    fields = [CODEC_NAMES.index(entry.codec), dtypes, len(entry.shape), *entry.shape]
+    fields += [entry.nonzeros, entry.rows, entry.levels]
     if entry.levels:
-        numbers.append(names.index(entry.book) + 1 if entry.book else 0)
+        fields.append(numbers[entry.book] if entry.book else 0)
     table = (varint(length) + crc.to_bytes(4, "little") for length, crc in entry.parts)
-    return b"".join(map(varint, numbers)) + b"".join(table)
+    return b"".join(map(varint, fields)) + b"".join(table)
 
 
 def unseal(file: BinaryIO, size: int) -> tuple[Document, int]:
@@ -69,7 +82,7 @@ def unseal(file: BinaryIO, size: int) -> tuple[Document, int]:
 
 def _parse(body: Bytes, header: int) -> Document:
     table = [_from_bytes(body) for _ in range(_bounded(body.varint(), body.left))]
-    length = _bounded(body.varint(), min(LARGEST_HEADER, _BEST_RATIO * body.left))
+    length = _bounded(body.varint(), _most_inflated(body.left))
     inner = mapping(load(inflate(body.take(body.left), length)), "the document")
     return document_from(inner, _named(inner.pop("t", None), table, header))
 

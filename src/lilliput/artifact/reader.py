@@ -46,10 +46,14 @@ def open(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, threads: i
 
     Args:
         path: the file, of either profile.
-        max_bytes: the most that one call may allocate for its result.
+        max_bytes: the most that a call may allocate for its result, and beside it for a chunk that
+            is decoded, at 32 bytes a weight: each is compared alone, and with threads so many
+            chunks are decoded at a time. It does not bound the header, whose JSON may have 16 MB
+            if the file is long enough, and takes up to 45 times as much when parsed.
         threads: chunks decoded at the same time.
 
     Raises:
+        InputError: when `path` is a folder or nothing, or another argument is no positive integer.
         OSError: when the file cannot be opened.
         UnsupportedArtifact: for another kind of file, a future version, an unknown codec.
         CorruptArtifact: when the header is truncated, altered or inconsistent.
@@ -63,7 +67,7 @@ def read(
     """Read all tensors of a file, decoded; `max_bytes` holds for all together.
 
     Raises:
-        OSError, UnsupportedArtifact, CorruptArtifact: as `open` and `Artifact.dense`.
+        InputError, OSError, UnsupportedArtifact, CorruptArtifact: as `open` and `Artifact.dense`.
         ArtifactTooLarge: before anything is allocated, when the tensors exceed `max_bytes`.
     """
     with open(path, max_bytes=max_bytes, threads=threads) as artifact:
@@ -92,14 +96,15 @@ class Artifact:
         CorruptArtifact: from every method that reads a tensor: checksum, or contents, are wrong.
         ArtifactTooLarge: from the same, before allocating more than `max_bytes`.
         UnknownName: from every method that takes the name of a tensor.
+        InputError: from every method that reads a tensor, after `close`.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, threads: int = 1
     ) -> None:
+        _check_arguments(path, max_bytes=max_bytes, threads=threads)
         self.path = os.fspath(path)
         self._max_bytes, self._threads = max_bytes, threads
-        self._lock = threading.Lock()
         self._file: BinaryIO = Path(path).open("rb")  # noqa: SIM115 (`close` closes it)
         try:
             self._size = os.fstat(self._file.fileno()).st_size
@@ -286,8 +291,9 @@ class Artifact:
             decoded = CODECS[entry.codec].decode(data, count, entry.itemsize)
             data.end()
             symbols = decoded.symbols if isinstance(decoded, Sparse) else decoded
-            if entry.levels and symbols.max(initial=0) >= entry.levels:
-                raise CorruptArtifact(f"code {symbols.max()} of {entry.levels}.")
+            levels = 2 if entry.stored == "BOOL" else entry.levels
+            if levels and symbols.max(initial=0) >= levels:
+                raise CorruptArtifact(f"code {symbols.max()} of {levels}.")
         return decoded
 
     def _codebook(self, name: str) -> NDArray[np.float32]:
@@ -299,9 +305,9 @@ class Artifact:
 
     def _part(self, entry: Entry, at: int) -> memoryview:
         length, crc = entry.parts[at]
-        with self._lock:
-            self._file.seek(entry.offset + entry.starts[at])
-            data = self._file.read(length)
+        if self._file.closed:
+            raise InputError(f"{self.path} is closed: open it again to read from it.")
+        data = _read_at(self._file, entry.offset + entry.starts[at], length)
         if len(data) != length:
             raise CorruptArtifact("the file was truncated while it was open.")
         if zlib.crc32(data) != crc:
@@ -331,6 +337,35 @@ class Artifact:
             raise UnsupportedArtifact(f"{where}{error}") from error
 
 
+def _check_arguments(path: str | os.PathLike[str], **numbers: int) -> None:
+    if not os.fspath(path) or Path(path).is_dir():
+        raise InputError(f"path is {os.fspath(path)!r}, a folder or nothing; give that of a file.")
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < 1:
+            raise InputError(f"{name} is {number!r}; give a whole number, 1 or more.")
+
+
+_SEEKING = threading.Lock()
+_MOST_READ = 1 << 30  # more at once is refused by some systems
+
+
+def _read_at(file: BinaryIO, offset: int, length: int) -> bytes:
+    """The bytes from `offset` on, fewer at the end of the file.
+
+    Processes that were forked share the place in the file that `seek` sets, so that one would read
+    from where another one has been: where the system can, nothing is sought.
+    """
+    if not hasattr(os, "pread"):
+        with _SEEKING:
+            file.seek(offset)
+            return file.read(length)
+    pieces = []
+    while length and (piece := os.pread(file.fileno(), min(length, _MOST_READ), offset)):
+        pieces.append(piece)
+        offset, length = offset + len(piece), length - len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
 _ADVICE = "Get the file again from its source, or save the model again."
 
 
@@ -355,7 +390,8 @@ def _chunk_weights(entry: Entry, at: int) -> int:
 def _place(decoded: Decoded, out: np.ndarray, lookup: _Lookup) -> None:
     """Write the values of a chunk into `out`, which holds zeros."""
     if isinstance(decoded, Sparse):
-        if (zero := lookup(np.zeros(1, decoded.symbols.dtype))[0]) != 0:
+        zero = lookup(np.zeros(1, decoded.symbols.dtype))[0]
+        if zero != 0 or np.signbit(zero):
             out.fill(zero)
         for positions, symbols in decoded.blocks():
             out[positions] = lookup(symbols)

@@ -30,8 +30,8 @@ class TensorReport:
         bytes: bytes of its payload, codebook included.
         codebook_bytes: bytes of its codebook; 0 where it shares another's.
         entropy_bytes: entropy per weight, zero as a symbol, times the weights. For a plain tensor:
-            its bytes as they are stored, or with a sparse codec the entropy of where the zeros are
-            plus the bytes of the others.
+            its bytes as they are stored; of a coded one the entropy of where the zeros are plus
+            the bytes of the others, if that is less.
         dense_bytes: bytes decoded.
     """
 
@@ -117,7 +117,8 @@ def report_tensor(name: str, entry: Entry, counts: NDArray[np.int64] | None) -> 
         entropy = float(entry.size)
     else:
         zeros = np.array([entry.weights - entry.nonzeros, entry.nonzeros])
-        entropy = entropy_bits(zeros) / 8 + entry.nonzeros * entry.itemsize
+        values = entropy_bits(zeros) / 8 + entry.nonzeros * entry.itemsize
+        entropy = min(values, float(entry.size))  # bytes that repeat are coded in less
     return TensorReport(
         name=name,
         codec=entry.codec,

@@ -161,10 +161,11 @@ def to_symbols(name: str, tensor: Tensor, floats: str) -> Symbols:
     Args:
         name: the tensor's name, for errors.
         tensor: what the caller gave.
-        floats: "float16" stores float32 values and codebooks as float16 where `fits_float16`.
+        floats: "float16" stores float32 values and codebooks as float16 where `fits_float16`; a
+            codebook that loses nothing is always stored so.
     """
     if isinstance(tensor, Coded):
-        book = _shrink(tensor.codebook, floats)
+        book = _shrink(_shrink_exactly(tensor.codebook), floats)
         small = "u1" if len(book) <= 256 else "<u2"
         codes: NDArray[np.unsignedinteger] = np.ascontiguousarray(tensor.codes, small).reshape(-1)
         return Symbols(codes, tensor.shape, "F32", _NAMES[book.dtype], book)
@@ -184,13 +185,22 @@ def _little_endian(name: str, tensor: np.ndarray) -> np.ndarray:
             f"tensor {name!r} is {type(tensor).__name__} of {kind}, which an artifact cannot hold. "
             f"Give Coded, BFloat16, or an array of {', '.join(str(kind) for kind in _NAMES)}."
         )
-    return np.ascontiguousarray(tensor, kind)
+    values = np.ascontiguousarray(tensor, kind)
+    return values.view(np.uint8) != 0 if kind == np.bool_ else values  # a view may hold other bytes
 
 
 def _shrink(values: np.ndarray, floats: str) -> np.ndarray:
     if floats == "float16" and values.dtype == np.float32 and fits_float16(values):
         return values.astype(np.float16)
     return values
+
+
+def _shrink_exactly(book: np.ndarray) -> np.ndarray:
+    """A codebook in half of its bytes, if not one bit is lost: whole numbers up to 2,048, say."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        half = book.astype("<f2")
+        same = half.astype("<f4").tobytes() == book.astype("<f4").tobytes()
+    return half if same else book
 
 
 def fits_float16(values: NDArray[np.float32]) -> bool:

@@ -21,13 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lilliput.artifact import format as layout
-from lilliput.artifact.choice import choose
+from lilliput.artifact.choice import choose, has_many_zeros
 from lilliput.artifact.codecs import CODECS, SPARSE, Codec
 from lilliput.artifact.codecs.deep_compression import WIDEST, DeepCompression
-from lilliput.artifact.entries import Document, Entry
+from lilliput.artifact.entries import Document, Entry, check
 from lilliput.artifact.report import SizeReport, report_tensor
 from lilliput.artifact.tensors import DTYPES, Symbols, Tensor, to_symbols
-from lilliput.errors import ArtifactError, InputError, UnknownName
+from lilliput.errors import ArtifactError, CorruptArtifact, InputError, UnknownName
 
 #: Weights of a chunk. Where few are not zero it may be four times as many: with fewer symbols than
 #: these, the tables of the Huffman codes would take more than half a percent of a chunk.
@@ -62,7 +62,8 @@ def write(
     """Write tensors to one compressed file.
 
     Args:
-        path: where to write. A file that is there is replaced only when the new one is complete.
+        path: where to write. A file that is there is replaced only when the new one is complete,
+            which takes its permissions; a link stays one, and the file that it points to is replaced.
         tensors: arrays, `Coded` or `BFloat16`, by name. Arrays are stored without loss.
         structure: how to build the model again; this and the next two are JSON, kept as given.
         recipe: the recipe that made the model.
@@ -73,6 +74,7 @@ def write(
             best of each chunk, "paper" 8 for convolutions and 5 for matrices.
         floats: "float16" stores float32 arrays and codebooks as float16, each only if it is
             finite there and no value moves by more than 2^-10 of itself or of the root mean square.
+            Codebooks that lose nothing so are always stored in float16.
         profile: "compact" for tiny networks; "auto" takes it for payloads under 1 MiB, but never
             for a path that ends in ``.safetensors``.
         chunk_weights: weights of a chunk, rounded to whole rows; None takes 2^20, and up to 2^22
@@ -82,7 +84,8 @@ def write(
         The sizes, as `Artifact.report` would measure them.
 
     Raises:
-        InputError: for an unknown codec, a dtype that cannot be stored, sections that are no JSON.
+        InputError: for an unknown codec, a dtype, shape or name that cannot be stored, sections
+            that are no JSON, a path that is a folder.
         ArtifactError: when the disk refuses; an older file at `path` is then untouched.
 
     Example:
@@ -99,6 +102,8 @@ def write(
         3375.5
     """
     options = _Options(codec, index_bits, floats, chunk_weights)
+    target = _file_path(path)
+    _check_tensors(tensors)
     _check_options(options, profile, tensors)
     sections = {"structure": structure, "recipe": recipe, "figures": figures}
     encoded = _encode_all(tensors, options)
@@ -106,13 +111,14 @@ def write(
         {name: item.entry for name, item in encoded.items()},
         {key: value for key, value in sections.items() if value is not None},
     )
+    _check_readable(document)
     chosen = _resolve(profile, path, document)
     header, order = layout.seal(document, chosen)
-    _write_atomically(Path(path), _stream(header, order, encoded))
+    _write_atomically(target, _stream(header, order, encoded))
     return SizeReport(
         path=os.fspath(path),
         profile=chosen,
-        file_bytes=Path(path).stat().st_size,
+        file_bytes=target.stat().st_size,
         header_bytes=len(header),
         tensors=tuple(report_tensor(n, item.entry, item.counts) for n, item in encoded.items()),
     )
@@ -140,15 +146,45 @@ def annotate(source: str | os.PathLike[str], path: str | os.PathLike[str], *, fi
         ...     artifact.figures
         {'score': 98.0}
     """
+    target = _file_path(path)
     with Path(source).open("rb") as file:
         document, profile, _ = layout.unseal(file, os.fstat(file.fileno()).st_size)
         sections = {**document.sections, "figures": figures}
         header, order = layout.seal(replace(document, sections=sections), profile)
-        _write_atomically(Path(path), _copied(header, order, document, file))
+        _write_atomically(target, _copied(header, order, document, file))
+
+
+def _file_path(path: str | os.PathLike[str]) -> Path:
+    """The file to write: where `path` is a link, what it points to."""
+    if not os.fspath(path) or Path(path).is_dir():
+        raise InputError(f"path is {os.fspath(path)!r}, a folder or nothing; give that of a file.")
+    return Path(os.path.realpath(path))
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    if not isinstance(tensors, Mapping):
+        raise InputError(f"tensors is {type(tensors).__name__}; give a mapping of names to arrays.")
+    for name in tensors:
+        if not isinstance(name, str) or not name:
+            raise InputError(f"a tensor is named {name!r}; a name is a string that is not empty.")
+    if "__metadata__" in tensors:
+        raise InputError("no tensor can be named '__metadata__': safetensors reserves the name.")
+
+
+def _check_readable(document: Document) -> None:
+    """Hold the entries to the reader's rules: a file that it refuses must not replace a good one."""
+    for name, entry in document.entries.items():
+        try:
+            check(entry, document.entries)
+        except CorruptArtifact as error:
+            raise InputError(f"tensor {name!r} cannot be stored: {error}") from None
 
 
 def _check_options(options: _Options, profile: str, tensors: Mapping[str, Tensor]) -> None:
-    named = [options.codec] if isinstance(options.codec, str) else options.codec.values()
+    codec = options.codec
+    named = list(codec.values()) if isinstance(codec, Mapping) else [codec]
+    if not all(isinstance(name, str) for name in named):
+        raise InputError(f"codec is {codec!r:.80}; give a name, or a mapping of tensors to names.")
     for kind, name, known in (
         *(("codec", name, ["auto", *CODECS]) for name in named),
         ("profile", profile, ["auto", "safetensors", "compact"]),
@@ -160,10 +196,9 @@ def _check_options(options: _Options, profile: str, tensors: Mapping[str, Tensor
         for name in mapping if isinstance(mapping, Mapping) else ():
             if name not in tensors:
                 raise UnknownName("tensor", name, tensors)
-    if "__metadata__" in tensors:
-        raise InputError("no tensor can be named '__metadata__': safetensors reserves the name.")
-    if options.chunk_weights is not None and options.chunk_weights < 1:
-        raise InputError(f"chunk_weights is {options.chunk_weights}; give 1 or more.")
+    weights = options.chunk_weights
+    if weights is not None and not (isinstance(weights, int) and weights >= 1):
+        raise InputError(f"chunk_weights is {weights!r}; give a whole number, 1 or more.")
 
 
 def _resolve(profile: str, path: str | os.PathLike[str], document: Document) -> str:
@@ -202,8 +237,9 @@ def _encode(name: str, symbols: Symbols, book: bytes, owner: str, options: _Opti
     def encode(codec: str, at: int) -> bytes | memoryview:
         return codecs[codec].encode(chunks[at])
 
-    plain = symbols.codebook is None
-    chosen = _codec(name, symbols, options, lambda: choose(chunks, counts, plain, encode))
+    plain = symbols.stored if symbols.codebook is None else ""
+    named = has_many_zeros(counts) or not plain
+    chosen = _codec(name, symbols, options, named, lambda: choose(chunks, counts, plain, encode))
     parts = [[encode(chosen, at)] for at in range(len(chunks))]
     parts[0].insert(0, book)
     entry = Entry(
@@ -258,13 +294,17 @@ def _nonzeros(symbols: Symbols, counts: NDArray[np.int64]) -> int:
     return int(counts[symbols.codebook != 0].sum())
 
 
-def _codec(name: str, symbols: Symbols, options: _Options, choose_codec: Callable[[], str]) -> str:
+def _codec(
+    name: str, symbols: Symbols, options: _Options, named: bool, choose_codec: Callable[[], str]
+) -> str:
+    """The codec that was asked for; the best where none was, or one that is not for this tensor."""
     asked = options.codec if isinstance(options.codec, str) else options.codec.get(name, "auto")
     if asked == "auto" or (symbols.codebook is None and isinstance(options.codec, str)):
         chosen = choose_codec()
-        asked = asked if chosen != "raw" and asked in SPARSE else chosen
+        asked = asked if named and chosen != "raw" and asked in SPARSE else chosen
     if asked in ("raw", "f16"):
-        asked = "f16" if symbols.stored != symbols.dtype else "raw"
+        rounded = symbols.codebook is None and symbols.stored != symbols.dtype
+        asked = "f16" if rounded else "raw"
     if asked == "packed" and symbols.flat.itemsize > 2:
         raise InputError(
             f"tensor {name!r} is plain {symbols.stored}, and 'packed' holds codes only. "
@@ -278,8 +318,8 @@ def _index_bits(name: str, shape: tuple[int, ...], options: _Options) -> int | N
     if bits == "paper":
         return 8 if len(shape) > 2 else 5
     bits = bits.get(name) if isinstance(bits, Mapping) else bits
-    if bits is not None and not 0 <= bits <= WIDEST:
-        raise InputError(f"index_bits is {bits}; a relative index has 0 to {WIDEST} bits.")
+    if bits is not None and not (isinstance(bits, int) and 0 <= bits <= WIDEST):
+        raise InputError(f"index_bits is {bits!r}; a relative index has 0 to {WIDEST} bits.")
     return bits
 
 
@@ -314,6 +354,7 @@ def _write_atomically(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
+            _take_mode(temporary, path)
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
@@ -327,13 +368,20 @@ def _write_atomically(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     _sync_folder(path.parent)
 
 
+def _take_mode(temporary: Path, path: Path) -> None:
+    """Give a new file the permissions of the one that it replaces, before anything is in it."""
+    with contextlib.suppress(OSError):  # there is none, or the file system knows no permissions
+        temporary.chmod(path.stat().st_mode & 0o777)
+
+
 def _refused(path: Path, error: OSError) -> str:
     advice = {
         errno.ENOSPC: "Free some space, or write to another disk.",
         errno.ENOENT: f"Make the folder {str(path.parent)!r} first.",
         errno.EACCES: "Check the permissions of the folder.",
+        errno.EISDIR: "There is a folder of this name: give the path of a file.",
     }.get(error.errno or 0, "Check the disk and the folder.")
-    kept = "The file that was there is untouched. " if path.exists() else ""
+    kept = "The file that was there is untouched. " if path.is_file() else ""
     return f"cannot write {str(path)!r}: {error.strerror or error}. {kept}{advice}"
 
 

@@ -61,6 +61,8 @@ class DeepCompression:
         if entries > count or width > WIDEST:
             raise CorruptArtifact(f"{entries} entries, {width}-bit index, in {count} weights.")
         gaps = huffman.decode(data, entries) if width else np.zeros(entries, np.uint8)
+        if int(gaps.max(initial=0)) >> width:
+            raise CorruptArtifact(f"gap {gaps.max()} does not fit a {width}-bit index.")
         symbols = join_planes([huffman.decode(data, entries) for _ in range(itemsize)])
         return Sparse(np.add(gaps, 1, dtype=np.uint16), symbols, count)
 
@@ -89,12 +91,13 @@ def best_index_bits(symbols: Symbols) -> int:
 
     Exact without encoding: a filler is one more largest gap and one more symbol 0, so the
     histograms of runs and of symbols give the histogram of every stream at every width, and
-    `huffman.encoded_size` gives its bytes.
+    `huffman.encoded_size` gives its bytes. Above the width of the longest run all widths are equal.
     """
     where = np.flatnonzero(symbols != 0)
     runs = np.bincount(np.diff(where, prepend=-1) - 1, minlength=1)
     present = [np.bincount(plane, minlength=256) for plane in planes(symbols[where])]
-    return min(range(WIDEST + 1), key=lambda width: _size(runs, present, width))
+    widest = min(WIDEST, width_of(len(runs) - 1))
+    return min(range(widest + 1), key=lambda width: _size(runs, present, width))
 
 
 def _size(runs: NDArray[np.int64], present: list[NDArray[np.int64]], index_bits: int) -> int:
