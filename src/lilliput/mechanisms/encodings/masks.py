@@ -84,8 +84,9 @@ class Mask(Encoding):
         return self._rests
 
     def lie_on(self, inside: list[Encoding]) -> None:
-        """Learn what lies further inside the stack."""
-        self.inside = tuple(e for e in inside if isinstance(e, Codebook))
+        """Learn what lies further inside; the zeros of a codebook only count where nothing else covers them."""
+        only = all(isinstance(e, Codebook | Mask) for e in inside)
+        self.inside = tuple(e for e in inside if only and isinstance(e, Codebook))
         self.forget()
 
     def forget(self) -> None:
