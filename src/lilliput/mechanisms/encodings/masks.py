@@ -84,7 +84,7 @@ class Mask(Encoding):
         return self._rests
 
     def lie_on(self, inside: list[Encoding]) -> None:
-        """Learn what lies further inside; the zeros of a codebook only count where nothing else covers them."""
+        """Learn what lies inside; a codebook's zeros only count where nothing else covers them."""
         only = all(isinstance(e, Codebook | Mask) for e in inside)
         self.inside = tuple(e for e in inside if only and isinstance(e, Codebook))
         self.forget()
