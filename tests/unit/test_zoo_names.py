@@ -209,7 +209,7 @@ def test_a_file_cannot_make_load_fetch(tmp_path: Path, monkeypatch: pytest.Monke
     origin["arguments"]["pretrained"] = True
     lilliput.save(model, path)
     lilliput.load(path)
-    assert asked == [False]
+    assert asked and not any(asked)
     origin["arguments"]["checkpoint_path"] = "evil.pth"
     lilliput.save(model, path)
     with pytest.raises(InputError, match="checkpoint_path"):

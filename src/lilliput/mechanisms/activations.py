@@ -69,7 +69,7 @@ class HalfWave(Activation):
 
     def __init__(self, levels: list[float], gate: str = "clipped") -> None:
         super().__init__()
-        if not levels or any(b <= a for a, b in pairwise([0.0, *levels])):
+        if not levels or any(b <= a for a, b in pairwise([0.0, *levels])) or math.isinf(levels[-1]):
             raise InputError(f"the levels {levels} of a half-wave are not positive and ascending.")
         if gate not in ("clipped", "relu", "log"):
             raise InputError(f"a half-wave's gate is clipped, relu or log, not {gate!r}.")
@@ -111,12 +111,17 @@ class IntegerActivation(Activation):
     Args:
         bits: of an activation.
         error_bits: of an error.
+
+    Raises:
+        InputError: bits are no whole number, or fewer than 2 or more than 16.
     """
 
     kind = "integer"
 
     def __init__(self, bits: int = 8, error_bits: int = 8) -> None:
         super().__init__()
+        if not _is_count(bits, 16) or not _is_count(error_bits, 16):
+            raise InputError(f"an activation and its error have 2 to 16 bits, not {bits!r:.40}.")
         self.bits, self.error_bits = bits, error_bits
 
     def settings(self) -> dict[str, Any]:
@@ -133,6 +138,10 @@ class IntegerActivation(Activation):
         found = on_grid(inputs.detach().clamp_min(0.0), self.bits)
         passing = with_integer_error(kept, self.error_bits)
         return found + (passing - passing.detach())
+
+
+def _is_count(bits: Any, most: int) -> bool:
+    return type(bits) is int and 2 <= bits <= most
 
 
 class _IntegerError(torch.autograd.Function):
@@ -184,6 +193,9 @@ class Quantizer(Activation):
         step: s.
         zero: z, the integer that stands for zero.
         learned: whether the step trains.
+
+    Raises:
+        InputError: bits are no whole number of 2 to 8.
     """
 
     kind = "quantizer"
@@ -194,8 +206,8 @@ class Quantizer(Activation):
         self, bits: int = 8, step: float = 1.0, zero: int = 0, learned: bool = False
     ) -> None:
         super().__init__()
-        if type(bits) is not int or not 2 <= bits <= 8:
-            raise InputError(f"a quantizer has 2 to 8 bits, not {bits!r}.")
+        if not _is_count(bits, 8):
+            raise InputError(f"a quantizer has 2 to 8 bits, not {bits!r:.40}.")
         self.bits, self.learned = bits, bool(learned)
         if learned:
             self.step = nn.Parameter(torch.tensor(float(step)))
@@ -246,7 +258,8 @@ def replace_activation(model: nn.Module, place: str, activation: Activation) -> 
         activation: what goes there; a quantizer that is there is replaced.
 
     Raises:
-        InputError: the module whose place it takes has parameters or buffers, which would be lost.
+        InputError: the module whose place it takes has parameters or buffers, which would be lost; there is
+            no such side.
     """
     name, _, side = place.partition(":")
     module = model.get_submodule(name)
@@ -258,6 +271,10 @@ def replace_activation(model: nn.Module, place: str, activation: Activation) -> 
         module.register_module(_BEHIND, activation)
         if _quantize_output not in module._forward_hooks.values():
             module.register_forward_hook(_quantize_output)
+    elif side:
+        raise InputError(
+            f"{place!r:.80}: a module has an input and an output, and no {side!r:.40}."
+        )
     else:
         _take_place(model, name, activation)
     replaced = dict(replaced_activations(model))
@@ -321,12 +338,19 @@ def check_quantizers(described: Any, state: dict[str, Tensor]) -> None:
         step, zero = (state.get(f"{name}.{part}.{leaf}".lstrip(".")) for leaf in ("step", "zero"))
         if part is None or step is None or zero is None:
             continue  # not a quantizer, or what is missing is told with all that is
-        highest = 2 ** settings["bits"] - 1 if isinstance(settings.get("bits"), int) else 255
-        possible = step.numel() == zero.numel() == 1 and 0.0 < float(step) < math.inf
-        if not possible or not 0 <= int(zero) <= highest:
+        if not _can_be(settings, step, zero):
             raise CorruptArtifact(
                 f"what the file says of the quantizer {place!r:.80} cannot be. Get it again from its source."
             )
+
+
+def _can_be(settings: Any, step: Tensor, zero: Tensor) -> bool:
+    """Whether there are such quantizers; nothing is computed with bits that are any number."""
+    bits: Any = settings.get("bits", 8) if isinstance(settings, dict) else None
+    if not _is_count(bits, 8) or not step.numel() == zero.numel() == 1:
+        return False
+    size, shift = float(step.to(torch.float32)), float(zero)  # the network's step has 32 bits
+    return 0.0 < size < math.inf and shift.is_integer() and 0 <= shift < 2**bits
 
 
 def _quantize_output(module: Any, inputs: Any, output: Any) -> Any:
@@ -363,14 +387,22 @@ def replace_activations(model: nn.Module, described: Any) -> None:
     if not isinstance(described, dict):
         raise CorruptArtifact(f"what the file says of activations cannot be: {described!r:.80}.")
     for name, settings in described.items():
-        if replaced_activations(model).get(name) == settings:
+        known = replaced_activations(model)
+        if name in known and known[name] == settings:
             continue
         try:
             kind = KINDS[settings["kind"]]
             made = kind(**{k: v for k, v in settings.items() if k != "kind"})
             replace_activation(model, name, made)
-        except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            ArithmeticError,
+            RuntimeError,
+        ) as error:
             raise CorruptArtifact(
                 f"what the file says of the activation {name!r:.80} cannot be: {settings!r:.80} "
-                f"({error}). Get it again from its source, or give the network that it was made from."
+                f"({error!s:.200}). Get it again from its source, or give the network that it was made from."
             ) from error

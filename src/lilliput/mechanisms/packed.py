@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..artifact import Coded
+from ..artifact import BFloat16, Coded
 from ..errors import CorruptArtifact, InputError
-from .packing import Pack
+from .arrays import to_numpy
+from .packing import Pack, Tensors
 
 _PREFIX = "tasks/"
 #: Codes are bytes.
@@ -40,9 +41,9 @@ def describe(pack: Pack) -> dict[str, Any]:
     }
 
 
-def parts(pack: Pack) -> dict[str, np.ndarray | Coded]:
+def parts(pack: Pack) -> dict[str, np.ndarray | Coded | BFloat16]:
     """The tensors of a pack beside the weights that its tasks share."""
-    found: dict[str, np.ndarray | Coded] = {}
+    found: dict[str, np.ndarray | Coded | BFloat16] = {}
     for name, owner in pack.owners.items():
         found[f"{_PREFIX}owners/{name}"] = _coded(owner)
     for number, task in enumerate(pack.tasks, 1):
@@ -50,7 +51,7 @@ def parts(pack: Pack) -> dict[str, np.ndarray | Coded]:
             found[f"{_PREFIX}{number}/mask/{name}"] = _coded(mask)
         if task != pack.current:
             for name, tensor in pack.own[task].items():
-                found[f"{_PREFIX}{number}/own/{name}"] = _array(tensor)
+                found[f"{_PREFIX}{number}/own/{name}"] = to_numpy(tensor)
     return found
 
 
@@ -88,42 +89,74 @@ def opened(
     return {**plain, **seen}, replace(pack, current=chosen)
 
 
+def completed(pack: Pack, filled: Tensors) -> Pack:
+    """A file's pack with all tensors of the network that it has filled: of some the file has factors."""
+    apart = pack.weights.keys() | pack.own[pack.current].keys()
+    known = {n: pack.shared.get(n, t) for n, t in filled.items() if n not in apart}
+    return replace(pack, shared={n: t.detach().clone() for n, t in known.items()})
+
+
 def _pack(state: dict[str, Tensor], described: dict[str, Any]) -> tuple[Pack, dict[str, Tensor]]:
     kind, names, current = described["kind"], described["names"], described["current"]
     _sound(kind in ("owners", "masks"), f"kind {kind!r:.40}")
     _sound(isinstance(names, list) and all(isinstance(n, str) for n in names), "names")
     _sound(len(set(names)) == len(names) <= MOST_TASKS and current in names, "names")
     plain = {name: t for name, t in state.items() if not name.startswith(_PREFIX)}
-    owners = _under(state, "owners/", plain)
-    masks, own = {}, {}
+    owners, masks = _marks(state, kind, names, plain)
+    backbone = owners if kind == "owners" else masks[current]
+    _sound(bool(backbone) and all(plain[n].is_floating_point() for n in backbone), "backbone")
+    own = _own(state, names, {name: plain[name] for name in set(described["own"])}, current)
+    _sound(not own[current].keys() & backbone.keys(), "own tensors")
+    shared = {n: t for n, t in plain.items() if n not in backbone and n not in own[current]}
+    weights = {n: plain[n] for n in backbone}
+    return Pack(kind, tuple(names), current, weights, owners, masks, own, shared), plain
+
+
+def _marks(
+    state: Tensors, kind: str, names: list[str], plain: Tensors
+) -> tuple[Tensors, dict[str, Tensors]]:
+    """Who owns what of the backbone, or which weights each task sees: a pack has one of them."""
+    if kind == "owners":
+        owners = _bytes_of(_under(state, "owners/"), plain, len(names))
+        return owners, {}
+    masks = {}
     for number, name in enumerate(names, 1):
-        masks[name] = {n: t > 0 for n, t in _under(state, f"{number}/mask/", plain).items()}
-        own[name] = _under(state, f"{number}/own/", None)
-    backbone = owners or masks[current]
-    _sound(all(masks[n].keys() == backbone.keys() for n in names if kind == "masks"), "masks")
-    _sound(bool(backbone) and all(float(o.max()) <= len(names) for o in owners.values()), "owners")
-    theirs = set(described["own"])
-    own[current] = {name: plain[name] for name in theirs}
-    _sound(all(set(tensors) == theirs for tensors in own.values()), "own tensors")
-    return Pack(
-        kind, tuple(names), current, {n: plain[n] for n in backbone},
-        {n: o.to(torch.uint8) for n, o in owners.items()}, masks if kind == "masks" else {}, own,
-        {n: t for n, t in plain.items() if n not in backbone and n not in theirs},
-    ), plain  # fmt: skip
+        found = _bytes_of(_under(state, f"{number}/mask/"), plain, 1)
+        masks[name] = {n: mask.bool() for n, mask in found.items()}
+    _sound(all(mask.keys() == masks[names[0]].keys() for mask in masks.values()), "masks")
+    return {}, masks
 
 
-def _under(
-    state: dict[str, Tensor], prefix: str, like: dict[str, Tensor] | None
-) -> dict[str, Tensor]:
-    """The tensors whose names begin so, without that; of the shapes of others of the same names."""
+def _own(state: Tensors, names: list[str], mine: Tensors, current: str) -> dict[str, Tensors]:
+    """What each task has for itself: the same tensors, which differ in the number of outputs only."""
+    own = {name: _under(state, f"{number}/own/") for number, name in enumerate(names, 1)}
+    own[current] = mine
+    for tensors in own.values():
+        _sound(tensors.keys() == mine.keys(), "own tensors")
+        alike = all(_but_outputs(t) == _but_outputs(mine[name]) for name, t in tensors.items())
+        _sound(alike and all(t.numel() for t in tensors.values()), "shapes of own tensors")
+    return own
+
+
+def _but_outputs(tensor: Tensor) -> tuple[int, ...]:
+    """How many axes, and how long each but the first is."""
+    return tensor.ndim, *tensor.shape[1:]
+
+
+def _bytes_of(marks: Tensors, plain: Tensors, highest: int) -> Tensors:
+    """Marks as bytes, after checking that they are small whole numbers, one for each weight."""
+    for name, found in marks.items():
+        _sound(name in plain and plain[name].shape == found.shape and found.numel() > 0, name)
+        usual = found.is_floating_point() or found.dtype in (torch.uint8, torch.bool)
+        _sound(usual and bool(((found >= 0) & (found <= highest)).all()), name)
+        _sound(bool((found == found.to(torch.uint8)).all()), name)
+    return {name: found.to(torch.uint8) for name, found in marks.items()}
+
+
+def _under(state: Tensors, prefix: str) -> Tensors:
+    """The tensors whose names begin so, without that."""
     whole = _PREFIX + prefix
-    found = {name.removeprefix(whole): t for name, t in state.items() if name.startswith(whole)}
-    _sound(
-        like is None
-        or all(name in like and like[name].shape == t.shape for name, t in found.items()),
-        prefix,
-    )
-    return found
+    return {name.removeprefix(whole): t for name, t in state.items() if name.startswith(whole)}
 
 
 def _sound(holds: bool, what: str) -> None:
@@ -133,9 +166,4 @@ def _sound(holds: bool, what: str) -> None:
 
 def _coded(marks: Tensor) -> Coded:
     """Small integers; the most frequent is code 0, which the sparse codecs leave out."""
-    return Coded.of(_array(marks), frequent_first=True)
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.detach().cpu().contiguous().numpy()
-    return array
+    return Coded.of(marks.detach().cpu().numpy(), frequent_first=True)

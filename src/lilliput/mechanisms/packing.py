@@ -278,17 +278,23 @@ def _refuse_changed(pack: Pack, expected: Tensors, state: Tensors) -> None:
 
 
 def fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a network's parameters the shapes that they have in a state, and its layers the widths."""
+    """Give a network's layers as many outputs as they have in a state.
+
+    Nothing else is changed: inputs that are more than in the state may go by a plan later, and whoever fills
+    the network compares all shapes and names.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, value in state.items():
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        old = module._parameters.get(leaf)
-        if old is not None and old.shape != value.shape:
-            module._parameters[leaf] = nn.Parameter(
-                torch.empty_like(value, dtype=old.dtype, device=old.device), old.requires_grad
-            )
+        module = modules.get(path)
+        old = None if module is None else module._parameters.get(leaf)
+        if module is None or old is None or old.ndim != value.ndim or not value.numel():
+            continue
+        if len(old) != len(value):
+            wide = old.new_empty(len(value), *old.shape[1:])
+            module._parameters[leaf] = nn.Parameter(wide, old.requires_grad)
             if isinstance(module, nn.Linear) and leaf == "weight":
-                module.out_features, module.in_features = value.shape
+                module.out_features = len(value)
 
 
 def tensors_inside(model: nn.Module, layers: list[str]) -> Iterator[str]:
