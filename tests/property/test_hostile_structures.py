@@ -40,7 +40,7 @@ from lilliput.testing import NETWORKS
 
 _, CNN, _ = NETWORKS
 #: Changed files a kind.
-FILES = 60
+FILES = 50
 
 
 class Small(nn.Module):
