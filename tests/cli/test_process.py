@@ -79,7 +79,7 @@ def test_a_pipe_that_closes_early_is_no_error() -> None:
 def test_interrupted_and_continued(recipe: Path, tmp_path: Path) -> None:
     """Ctrl-C ends a run with 130 and a hint; meanwhile the directory is locked for others."""
     home = tmp_path / "run"
-    arguments = ["run", recipe, "stages.0.train.epochs=500", "--directory", home]
+    arguments = ["run", recipe, "stages.0.train.epochs=50000", "--directory", home]
     running = subprocess.Popen(
         [sys.executable, "-m", "lilliput", *map(str, arguments)],
         env=environment(),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -42,18 +42,18 @@ class Macs:
             that read no weight (attention scores, say) count in full.
         by_module: MACs by module name; a module's figure leaves out its children's, so the
             figures add up to ``total``. ``""`` is the model's own ``forward``.
+        uncounted: operators that compute something and have no formula, with their number of calls.
+            Views and data movement are not listed.
         sparse_by_weight: of ``sparse_macs`` those with each weight, by its name in ``state_dict``. Where
             one operator reads several weights, each has its share of them by its elements: in an LSTM
             that is exact.
-        uncounted: operators that compute something and have no formula, with their number of calls.
-            Views and data movement are not listed.
     """
 
     total: int
     sparse_macs: int
     by_module: Mapping[str, int]
-    sparse_by_weight: Mapping[str, int]
     uncounted: Mapping[str, int]
+    sparse_by_weight: Mapping[str, int] = field(default_factory=dict)
 
 
 def macs(model: nn.Module, example_inputs: Inputs) -> Macs:
@@ -87,7 +87,7 @@ def macs(model: nn.Module, example_inputs: Inputs) -> Macs:
         with tally.counter, tally:
             call(model, example_inputs)
     total = sum(tally.by_module.values())
-    return Macs(total, tally.sparse, tally.by_module, tally.by_weight, tally.uncounted)
+    return Macs(total, tally.sparse, tally.by_module, tally.uncounted, tally.by_weight)
 
 
 def bind(model: nn.Module, example_inputs: Inputs) -> Callable[[], Any]:
